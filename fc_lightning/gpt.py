@@ -1,0 +1,225 @@
+"""nanoGPT's GPT-2, parameter names and all, with the key/value cache beside attention.
+
+Only the network lives here: it returns hidden states or logits, never a loss, and knows nothing
+of files (checkpoint.py), prompts (chat.py) or sampling (decoding.py).
+
+Shapes: B batch, T tokens, S cached positions, V vocabulary, C width, H heads, D = C / H.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fc_lightning.tokenizer import PADDED_VOCAB_SIZE
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """nanoGPT's GPTConfig; `gelu` is "exact" for nanoGPT's checkpoints, "tanh" for OpenAI's."""
+
+    block_size: int = 1024
+    vocab_size: int = PADDED_VOCAB_SIZE
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    gelu: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.gelu not in ("exact", "tanh"):
+            raise ValueError(f'gelu must be "exact" or "tanh", not {self.gelu!r}')
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+
+class KVCache:
+    """Keys and values of every layer, (L, B, H, S, D), written in place at given positions."""
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        num_positions: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, num_positions, head_size)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def num_positions(self) -> int:
+        return self.keys.size(3)
+
+    def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put key and value (B, H, T, D) of one layer at `positions` (B, T)."""
+        rows = torch.arange(positions.size(0), device=positions.device)[:, None]
+        self.keys[layer][rows, :, positions] = key.transpose(1, 2)  # (B, T, H, D)
+        self.values[layer][rows, :, positions] = value.transpose(1, 2)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias, under nanoGPT's parameter names."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None, cache: KVCache | None, is_visible: Tensor | None
+    ) -> Tensor:
+        B, T, C = x.shape
+        query, key, value = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        if cache is not None and positions is not None:
+            cache.write(self.layer, positions, key, value)
+            key, value = cache.keys[self.layer], cache.values[self.layer]  # (B, H, S, D)
+        y = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=is_visible,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_visible is None,
+        )
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh" if config.gelu == "tanh" else "none")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, positions: Tensor | None, cache: KVCache | None, is_visible: Tensor | None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), positions, cache, is_visible)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. Parameters are named and tied as nanoGPT names and ties them.
+
+    >>> model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=1, n_head=2, n_embd=8))
+    >>> model(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 64])
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        self.apply(_init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # GPT-2 scales residual projections by depth
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(
+        self, ids: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V). See `hidden_states` for the other arguments."""
+        return self.lm_head(self.hidden_states(ids, positions=positions, cache=cache))
+
+    def hidden_states(
+        self, ids: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Token ids (B, T) to the states (B, T, C) that `lm_head` turns into logits.
+
+        With a cache, `positions` (B, T) says where each token stands in its row; keys and values
+        are written there, and a token sees every cached position up to its own. Rows may stand at
+        different positions, so prompts of unequal length need no left padding: what is written
+        beyond a row's end is overwritten before any token can see it.
+
+        Raises:
+            ValueError: more tokens than the model has positions.
+        """
+        if ids.size(1) > self.config.block_size:
+            raise ValueError(
+                f"{ids.size(1)} tokens, but the model has {self.config.block_size} positions"
+            )
+        is_visible = None
+        if cache is not None and positions is not None:
+            seen = torch.arange(cache.num_positions, device=ids.device)
+            is_visible = seen <= positions[:, None, :, None]  # (B, 1, T, S)
+        where = torch.arange(ids.size(1), device=ids.device) if positions is None else positions
+        x = self.transformer.drop(self.transformer.wte(ids) + self.transformer.wpe(where))
+        for block in self.transformer.h:
+            x = block(x, positions, cache, is_visible)
+        return self.transformer.ln_f(x)
+
+    def num_parameters(self) -> int:
+        """How many weights, the tied head counted once; position embeddings included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Keep only the first `block_size` positions.
+
+        Raises:
+            ValueError: the model has fewer positions than that.
+        """
+        if block_size > self.config.block_size:
+            raise ValueError(
+                f"block_size {block_size} exceeds the checkpoint's {self.config.block_size} "
+                "positions; lower block_size"
+            )
+        self.config = dataclasses.replace(self.config, block_size=block_size)
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+        wpe.num_embeddings = block_size
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

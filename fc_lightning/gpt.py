@@ -109,6 +109,29 @@ class CausalSelfAttention(nn.Module):
         )
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
+    def forward_shared(self, x: Tensor, num_rows: int, is_visible: Tensor) -> Tensor:
+        """Attention where every row follows the same prefix, which is there only once.
+
+        x is flat, (P + B T, C): the prefix's P tokens, then B = num_rows rows of T; `is_visible`
+        (T, P + T) says what a row's token sees of the prefix and its own row.
+        """
+        T, P = is_visible.size(0), is_visible.size(1) - is_visible.size(0)
+        B, H, D = num_rows, self.n_head, x.size(1) // self.n_head
+        qkv = self.c_attn(x)  # one product for prefix and rows
+        first_q, first_k, first_v = qkv[:P].view(1, P, 3, H, D).permute(2, 0, 3, 1, 4)
+        row_q, row_k, row_v = qkv[P:].view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        first_y = F.scaled_dot_product_attention(
+            first_q, first_k, first_v, dropout_p=dropout, is_causal=True
+        )  # (1, H, P, D)
+        key = torch.cat([first_k.expand(B, H, P, D), row_k], dim=2)  # (B, H, P + T, D)
+        value = torch.cat([first_v.expand(B, H, P, D), row_v], dim=2)
+        row_y = F.scaled_dot_product_attention(
+            row_q, key, value, attn_mask=is_visible, dropout_p=dropout
+        )  # (B, H, T, D)
+        y = torch.cat([part.transpose(1, 2).reshape(-1, H * D) for part in (first_y, row_y)])
+        return self.resid_dropout(self.c_proj(y))
+
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
@@ -134,6 +157,10 @@ class Block(nn.Module):
         self, x: Tensor, positions: Tensor | None, cache: KVCache | None, is_visible: Tensor | None
     ) -> Tensor:
         x = x + self.attn(self.ln_1(x), positions, cache, is_visible)
+        return x + self.mlp(self.ln_2(x))
+
+    def forward_shared(self, x: Tensor, num_rows: int, is_visible: Tensor) -> Tensor:
+        x = x + self.attn.forward_shared(self.ln_1(x), num_rows, is_visible)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -196,6 +223,30 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x, positions, cache, is_visible)
         return self.transformer.ln_f(x)
+
+    def hidden_states_after(self, prefix: Tensor, ids: Tensor) -> Tensor:
+        """States (B, T, C) of rows (B, T) that all follow the same prefix (P,).
+
+        The same as `hidden_states` of each row with the prefix before it, less the prefix's own
+        states, but the prefix goes through the network once for all rows; gradients flow
+        through it. With dropout, all rows share the prefix's dropout mask.
+
+        Raises:
+            ValueError: prefix and row together have more tokens than the model has positions.
+        """
+        (B, T), P = ids.shape, prefix.size(0)
+        if P + T > self.config.block_size:
+            raise ValueError(
+                f"{P + T} tokens, but the model has {self.config.block_size} positions"
+            )
+        where = torch.arange(P + T, device=ids.device)
+        is_visible = where <= where[P:, None]  # (T, P + T)
+        tokens = self.transformer.wte(torch.cat([prefix, ids.flatten()]))  # (P + B T, C)
+        at = torch.cat([where[:P], where[P:].repeat(B)])
+        x = self.transformer.drop(tokens + self.transformer.wpe(at))
+        for block in self.transformer.h:
+            x = block.forward_shared(x, B, is_visible)
+        return self.transformer.ln_f(x[P:]).view(B, T, -1)
 
     def num_parameters(self) -> int:
         """How many weights, the tied head counted once; position embeddings included."""

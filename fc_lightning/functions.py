@@ -82,15 +82,16 @@ class ParameterSpec:
             return problem
         if not isinstance(value, list):
             return self.item_violation(value)
-        if len(set(map(_key, value))) < len(value):
+        if len(set(map(value_key, value))) < len(value):
             return f"{self.name}: an element is repeated in {value!r}"
         return next(filter(None, map(self.item_violation, value)), None)
 
     def canonical(self, value: Value) -> Value:
         """The value as this package writes it: arrays in enum order, 21.0 as 21."""
         if isinstance(value, list):
-            order = {_key(choice): i for i, choice in enumerate(self.enum)}
-            return sorted((_plain(v) for v in value), key=lambda v: order.get(_key(v), len(order)))  # type: ignore[return-value]
+            order = {value_key(choice): i for i, choice in enumerate(self.enum)}
+            plain: list[Scalar] = [_plain(v) for v in value]
+            return sorted(plain, key=lambda v: order.get(value_key(v), len(order)))
         return _plain(value)
 
 
@@ -482,16 +483,16 @@ def values_equal(expected: Any, predicted: Any) -> bool:
     """Numbers by value (a boolean is none), strings by letters, arrays as sets without repeats."""
     if not (isinstance(expected, list) and isinstance(predicted, list)):
         return scalars_equal(expected, predicted)
-    sets = [set(map(_key, value)) for value in (expected, predicted)]
+    sets = [set(map(value_key, value)) for value in (expected, predicted)]
     return sets[0] == sets[1] and len(sets[0]) == len(expected) == len(predicted)
 
 
 def scalars_equal(expected: Any, predicted: Any) -> bool:
     """1 equals 1.0 but not True; "Low  Beam" equals "low beam"."""
-    return _key(expected) == _key(predicted)
+    return value_key(expected) == value_key(predicted)
 
 
-def _key(value: Any) -> tuple[str, Any]:
+def value_key(value: Any) -> tuple[str, Any]:
     """A hashable key, the same for values that count as equal."""
     if isinstance(value, str):
         return "string", " ".join(value.casefold().split())

@@ -35,6 +35,12 @@ class Example:
         """The person's own words, without the markers around them."""
         return self.user.removeprefix(_USER_START).removesuffix("\n").removesuffix("<|im_end|>")
 
+    @property
+    def response(self) -> str:
+        """What the assistant says, without the markers around it."""
+        text = self.assistant.removeprefix("<|im_start|>assistant\n")
+        return text.removesuffix("<|endoftext|>").removesuffix("<|im_end|>")
+
 
 @dataclass(frozen=True)
 class EncodedExample:
@@ -56,8 +62,12 @@ class EncodedExample:
 
 def make_example(command: str, call: FunctionCall) -> Example:
     """The row that teaches a model to answer `command` with `call`."""
-    assistant = f"{RESPONSE_START.removeprefix('assistant: ')}{render_call(call)}{RESPONSE_END}"
-    return Example(SYSTEM, f"{_USER_START}{command}{_USER_END}", assistant)
+    return Example(SYSTEM, f"{_USER_START}{command}{_USER_END}", render_response(call))
+
+
+def render_response(call: FunctionCall) -> str:
+    """The assistant's string of a row, as a data file holds it."""
+    return f"{RESPONSE_START.removeprefix('assistant: ')}{render_call(call)}{RESPONSE_END}"
 
 
 def encode_example(example: Example) -> EncodedExample:

@@ -1,0 +1,300 @@
+"""Example files, token arrays, and batches of rows of like length.
+
+Reads data folders, encodes their rows once into flat arrays, and says which rows go into which
+batch in an order that can be resumed. What a prompt looks like is chat.py's business; which
+folder, and for which stage, is datamodule.py's.
+
+Shapes: B rows, T tokens a row, P tokens of the shared prefix, N trained tokens of the batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fc_lightning.chat import Example, encode_example, render_response
+from fc_lightning.functions import Registry, UnreadableCall, parse_call
+from fc_lightning.tokenizer import PAD
+
+
+class DataError(ValueError):
+    """Example files that can't be used; the message says which file and row, and what to do."""
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Row:
+    """An example and where it stands: `number` counts the file's rows from 0."""
+
+    example: Example
+    file: Path
+    number: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}: row {self.number}"
+
+
+def find_files(folder: Path, kind: str) -> list[Path]:
+    """The folder's JSON files whose name contains `kind` ("train" or "test"), sorted.
+
+    Raises:
+        DataError: no such folder, or no such file in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; set data.fc_data_dir to a folder of JSON files")
+    files = sorted(path for path in folder.glob("*.json") if kind in path.name)
+    if not files:
+        raise DataError(f"{folder}: no *.json file with {kind!r} in its name")
+    return files
+
+
+def read_rows(path: str | Path, kind: str = "") -> list[Row]:
+    """The rows of one file, or of all a folder's files whose name contains `kind`.
+
+    Raises:
+        DataError: the first file or row that can't be used, and why.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else find_files(path, kind)
+    return [row for file in files for row in _read_file(file)]
+
+
+def _read_file(file: Path) -> Iterator[Row]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file}: can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
+        raise DataError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise DataError(f"{file}: must be a JSON list of examples, not a {type(entries).__name__}")
+    if not entries:
+        raise DataError(f"{file}: holds no example")
+    for number, entry in enumerate(entries):
+        yield Row(_read_example(entry, f"{file}: row {number}"), file, number)
+
+
+def _read_example(entry: object, where: str) -> Example:
+    keys = {"system", "user", "assistant"}
+    if not isinstance(entry, dict) or entry.keys() != keys:
+        found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+        raise DataError(f"{where}: needs exactly the keys system, user, assistant; found {found}")
+    for key in sorted(keys):
+        if not isinstance(entry[key], str):
+            raise DataError(f"{where}: {key!r} must be a string, not {entry[key]!r:.40}")
+    example = Example(**entry)
+    if not example.response.strip():
+        raise DataError(f"{where}: the response is empty; remove the row or write its call")
+    return example
+
+
+def canonical_example(example: Example, registry: Registry) -> Example:
+    """The example with its call as this package writes it; unreadable or unknown ones untouched."""
+    try:
+        call = parse_call(example.assistant)
+    except UnreadableCall:
+        return example
+    if registry.spec(call.name) is None:
+        return example
+    return replace(example, assistant=render_response(registry.canonical(call)))
+
+
+# ---------------------------------------------------------------- rows as tokens
+
+
+class Batch(NamedTuple):
+    """Rows of like length, right-padded to the longest, less the prefix that all of them share.
+
+    The model reads prefix + ids; `targets` are the next tokens at the trained positions, whose
+    flat indices into (B, T) are `trained_at`. The counts are plain integers, so that nobody has
+    to ask the device for them.
+    """
+
+    prefix: Tensor  # (P,) token ids before every row
+    ids: Tensor  # (B, T)
+    trained_at: Tensor  # (N,)
+    targets: Tensor  # (N,)
+    rows: list[int]  # (B,) indices into the dataset
+    num_tokens: int  # inputs, the prefix of every row counted, padding not
+
+    @property
+    def is_trained(self) -> Tensor:
+        """Whether the token after each position is trained, (B, T)."""
+        flat = torch.zeros(self.ids.numel(), dtype=torch.bool, device=self.ids.device)
+        return flat.index_fill(0, self.trained_at, True).view(self.ids.shape)
+
+
+class FunctionCallDataset(Dataset[Batch]):
+    """Encoded rows in flat arrays. Indexed by a list of rows, it gives their `Batch`."""
+
+    def __init__(self, rows: Sequence[Row], *, block_size: int) -> None:
+        """Encode `rows`; those with more than `block_size` tokens are left out, never cut.
+
+        `too_long` lists what was left out, with the number of tokens each row needs.
+        """
+        encoded = [encode_example(row.example) for row in rows]
+        # The last id is a target only, so a row of L ids needs L - 1 positions.
+        fits = [len(e.ids) - 1 <= block_size for e in encoded]
+        self.rows = [row for row, fit in zip(rows, fits, strict=True) if fit]
+        self.too_long = [
+            (row, len(e.ids) - 1)
+            for row, e, fit in zip(rows, encoded, fits, strict=True)
+            if not fit
+        ]
+        kept = [e for e, fit in zip(encoded, fits, strict=True) if fit]
+        self.lengths = np.array([len(e.ids) for e in kept], dtype=np.int64)
+        self.prompt_lengths = np.array([e.num_prompt_tokens for e in kept], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+        self.ids = np.fromiter((i for e in kept for i in e.ids), dtype=np.uint16)
+        self.prefix_length = self._shared_prefix_length()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row_ids(self, row: int) -> np.ndarray:
+        """All token ids of one row, (T + 1,)."""
+        return self.ids[self.starts[row] : self.starts[row] + self.lengths[row]]
+
+    def __getitem__(self, rows: list[int]) -> Batch:
+        P = self.prefix_length
+        lengths = self.lengths[rows] - 1 - P  # inputs after the prefix
+        at = np.arange(lengths.max())
+        is_real = at < lengths[:, None]  # (B, T)
+        source = self.starts[rows][:, None] + P + at
+        ids = np.where(is_real, self.ids[np.where(is_real, source, 0)], PAD)
+        is_trained = is_real & (at >= self.prompt_lengths[rows][:, None] - 1 - P)
+        return Batch(
+            torch.from_numpy(self.row_ids(rows[0])[:P].astype(np.int64)),
+            torch.from_numpy(ids.astype(np.int64)),
+            torch.from_numpy(np.flatnonzero(is_trained)),
+            torch.from_numpy(self.ids[source[is_trained] + 1].astype(np.int64)),
+            [int(row) for row in rows],
+            int(lengths.sum()) + P * len(rows),
+        )
+
+    def _shared_prefix_length(self) -> int:
+        """How many first tokens all rows have in common, END_OF_PROMPT never among them."""
+        if not len(self):
+            return 0
+        shortest = int(self.prompt_lengths.min()) - 1
+        heads = self.ids[self.starts[:, None] + np.arange(shortest)]  # (rows, shortest)
+        is_shared = (heads == heads[0]).all(axis=0)
+        return shortest if is_shared.all() else int(is_shared.argmin())
+
+
+# ---------------------------------------------------------------- order
+
+
+class LengthBatchSampler(Sampler[list[int]]):
+    """Batches of rows of like length, in an order set by (seed, epoch) and the same on any machine.
+
+    Every row is in exactly one batch of an epoch. With several ranks, a batch of
+    num_ranks * batch_size rows is dealt out over them, so together the ranks see exactly what one
+    process with the larger batch sees.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_ranks: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if shuffle and len(lengths) < num_ranks:
+            raise DataError(f"{len(lengths)} training rows can't be shared by {num_ranks} ranks")
+        self.lengths, self.batch_size, self.seed, self.shuffle = lengths, batch_size, seed, shuffle
+        self.num_ranks, self.rank = num_ranks, rank
+        self.epoch = self.first_batch = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, wherever the next pass begins."""
+        return len(self._bounds())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for start, stop in self._bounds(np.random.default_rng((self.seed, self.epoch)))[
+            self.first_batch :
+        ]:
+            yield order[start:stop][self.rank :: self.num_ranks].tolist()
+
+    def _order(self) -> np.ndarray:
+        """All rows, sorted by length within large shuffled chunks (or, unshuffled, everywhere)."""
+        if not self.shuffle:
+            return np.argsort(self.lengths, kind="stable")
+        random = np.random.default_rng((self.seed, self.epoch, 1))
+        order = random.permutation(len(self.lengths))
+        chunk = self.batch_size * self.num_ranks * 50
+        chunks = [order[i : i + chunk] for i in range(0, len(order), chunk)]
+        return np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
+
+    def _bounds(self, random: np.random.Generator | None = None) -> list[tuple[int, int]]:
+        """Where each global batch starts and stops in the order; a tail too small for all ranks
+        joins the batch before it."""
+        size, total = self.batch_size * self.num_ranks, len(self.lengths)
+        starts = list(range(0, total, size))
+        if self.shuffle and len(starts) > 1 and total - starts[-1] < self.num_ranks:
+            starts.pop()
+        bounds = list(zip(starts, [*starts[1:], total], strict=True))
+        if self.shuffle and random is not None:
+            random.shuffle(bounds)
+        return bounds
+
+
+class ResumableDataLoader(DataLoader[Batch]):
+    """A DataLoader over `LengthBatchSampler` that continues after the last batch it handed out.
+
+    Lightning saves `state_dict` with every checkpoint. Batches are counted as they are handed
+    out, so what workers have prepared in advance is not lost.
+    """
+
+    def __init__(
+        self, dataset: FunctionCallDataset, sampler: LengthBatchSampler, **options
+    ) -> None:
+        # One index of this "dataset" is a whole batch, so the batch sampler samples "rows".
+        super().__init__(
+            dataset,
+            batch_size=None,
+            sampler=sampler,  # type: ignore[arg-type]
+            # Its own generator: seeding workers must not move the global random state.
+            generator=torch.Generator(),
+            **options,
+        )
+        self.order = sampler
+        self.num_yielded = 0
+        self.is_resumed = False
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if self.num_yielded >= len(self) or (self.num_yielded and not self.is_resumed):
+            self.order.epoch += 1
+            self.num_yielded = 0
+        self.order.first_batch = self.num_yielded
+        return self._count(super().__iter__())
+
+    def _count(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.num_yielded += 1
+            self.is_resumed = False
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.order.epoch, "num_yielded": self.num_yielded}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.order.epoch, self.num_yielded = state["epoch"], state["num_yielded"]
+        self.is_resumed = True

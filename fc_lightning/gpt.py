@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ class GPTConfig:
     gelu: str = "exact"
 
     def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if (size := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.gelu not in ("exact", "tanh"):
@@ -175,9 +179,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
+        wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer: Any = nn.ModuleDict(  # Any: attributes of a ModuleDict have no types
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": wte,
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -185,7 +190,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
+        wte.weight = self.lm_head.weight
         self.apply(_init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # GPT-2 scales residual projections by depth
@@ -215,7 +220,8 @@ class GPT(nn.Module):
                 f"{ids.size(1)} tokens, but the model has {self.config.block_size} positions"
             )
         is_visible = None
-        if cache is not None and positions is not None:
+        if cache is not None:
+            assert positions is not None, "with a cache, say where the tokens stand"
             seen = torch.arange(cache.num_positions, device=ids.device)
             is_visible = seen <= positions[:, None, :, None]  # (B, 1, T, S)
         where = torch.arange(ids.size(1), device=ids.device) if positions is None else positions
@@ -252,11 +258,26 @@ class GPT(nn.Module):
         """How many weights, the tied head counted once; position embeddings included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def num_flops(self, num_tokens: int, num_pairs: int, num_logits: int) -> int:
+        """Floating-point operations of one forward pass, as few as the arithmetic allows.
+
+        `num_tokens` go through the blocks, `num_pairs` (query, key) pairs through attention and
+        `num_logits` states through the head. A training step takes three times as many.
+        Source: Kaplan et al. 2020, table 1, without its shortcut for the head.
+        """
+        per_token = 2 * sum(w.numel() for w in self.transformer.h.parameters() if w.dim() >= 2)
+        per_pair = 4 * self.config.n_layer * self.config.n_embd  # q k, and weights times v
+        return (
+            num_tokens * per_token
+            + num_pairs * per_pair
+            + num_logits * 2 * self.lm_head.weight.numel()
+        )
+
     def crop_block_size(self, block_size: int) -> None:
         """Keep only the first `block_size` positions.
 
         Raises:
-            ValueError: the model has fewer positions than that.
+            ValueError: the model has fewer positions than that, or `block_size` is below 1.
         """
         if block_size > self.config.block_size:
             raise ValueError(

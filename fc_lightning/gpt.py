@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, S cached positions, V vocabulary, C width, H heads, D
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -64,6 +65,19 @@ class KVCache:
     @property
     def num_positions(self) -> int:
         return self.keys.size(3)
+
+    def first(self, num_positions: int) -> KVCache:
+        """The first positions, sharing memory: attention then reads no further than it must."""
+        view = copy.copy(self)
+        view.keys = self.keys[:, :, :, :num_positions]
+        view.values = self.values[:, :, :, :num_positions]
+        return view
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A copy that holds only the given rows (B,) of the batch, in their order."""
+        chosen = copy.copy(self)
+        chosen.keys, chosen.values = self.keys[:, rows], self.values[:, rows]
+        return chosen
 
     def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:
         """Put key and value (B, H, T, D) of one layer at `positions` (B, T)."""

@@ -1,0 +1,268 @@
+"""From prompts to responses: prefill, decode, and which of the allowed tokens comes next.
+
+Rows of unequal length share a batch, each leaves it when its response ends, and what need not be
+asked is not: forced tokens are fed together with the choice before them, and only the allowed rows
+of the vocabulary head are computed. What is allowed is decided elsewhere (grammar.py); nothing
+here knows of functions or JSON.
+
+Shapes: B batch, T tokens fed at once, K allowed ids, V vocabulary, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fc_lightning.gpt import GPT, KVCache
+from fc_lightning.tokenizer import END_OF_TEXT
+
+
+class Allow(Protocol):
+    """What may come next at one place in a response; never changed, so rows can share it."""
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """Ids that must come now; the model is not asked about them."""
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """The ids (K,) one of which follows the forced ones, or, where they are very many, a
+        boolean mask (V,). Empty: the response is over. None: anything goes."""
+
+    def after(self, token: int) -> Allow:
+        """Where the response stands once `token` has been chosen."""
+
+
+@dataclass(frozen=True)
+class Anything:
+    """No constraint: nothing is forced, every token is allowed."""
+
+    forced: tuple[int, ...] = ()
+    allowed: None = None
+
+    def after(self, token: int) -> Anything:
+        return self
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens with which many prompts begin, put through the network once."""
+
+    ids: Sequence[int]
+    cache: KVCache  # one row
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One response: its ids, END_OF_TEXT included if it was reached.
+
+    `log_probability` is that of the choices made among what was allowed (forced tokens cost
+    nothing), at temperature 1; `num_decisions` is how many there were.
+    """
+
+    ids: list[int]
+    log_probability: float
+    num_decisions: int
+
+    @property
+    def is_finished(self) -> bool:
+        return self.ids[-1:] == [END_OF_TEXT]
+
+
+@dataclass
+class _Row:
+    """A response in the making: `ids` is prompt and response, the first `num_cached` known."""
+
+    place: int  # in the caller's list of prompts
+    ids: list[int]
+    num_prompt: int
+    num_cached: int
+    allow: Allow
+    log_probability: float = 0.0
+    num_decisions: int = 0
+    is_done: bool = field(default=False)
+
+    def extend(self, ids: Sequence[int], max_new_tokens: int) -> None:
+        room = max_new_tokens - (len(self.ids) - self.num_prompt)
+        self.ids += ids[:room]
+        is_over = self.allow.allowed is not None and not len(self.allow.allowed)
+        self.is_done = is_over or len(ids) >= room or self.ids[-1] == END_OF_TEXT
+
+    def generation(self) -> Generation:
+        return Generation(self.ids[self.num_prompt :], self.log_probability, self.num_decisions)
+
+
+@torch.inference_mode()
+def prefill(model: GPT, ids: Sequence[int]) -> Prefix:
+    """Put the shared beginning of many prompts through the network, once for all of them."""
+    weight = model.lm_head.weight
+    cache = KVCache(model.config, 1, len(ids), device=weight.device, dtype=weight.dtype)
+    if ids:
+        tokens = torch.tensor([list(ids)], device=weight.device)
+        positions = torch.arange(len(ids), device=weight.device)[None]
+        model.hidden_states(tokens, positions=positions, cache=cache)
+    return Prefix(ids, cache)
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    allow: Allow | None = None,
+    prefix: Prefix | None = None,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> list[Generation]:
+    """Continue each prompt (token ids) until END_OF_TEXT, all of them in one batch.
+
+    Greedy at temperature 0, else sampled with `generator` (on the model's device). A `prefix` from
+    `prefill` spares its tokens; rows that begin otherwise are still decoded right.
+
+    Raises:
+        ValueError: a prompt is empty, or prompt and response may not fit into the model.
+    """
+    if not prompts:
+        return []
+    _check_lengths(prompts, max_new_tokens, model.config.block_size)
+    num_shared = min(_num_shared(prompt, prefix) for prompt in prompts)
+    rows = [
+        _Row(place, list(prompt), len(prompt), num_shared, allow or Anything())
+        for place, prompt in enumerate(prompts)
+    ]
+    for row in rows:
+        row.extend(row.allow.forced, max_new_tokens)
+    results = {row.place: row for row in rows}
+    cache = _new_cache(model, rows, max_new_tokens, prefix, num_shared)
+    while not all(row.is_done for row in rows):
+        rows, cache = _drop_finished(rows, cache)
+        states = _feed(model, rows, cache)
+        allowed = [row.allow.allowed for row in rows]
+        tokens, log_probabilities = choose(
+            model.lm_head.weight, states, allowed, temperature=temperature, generator=generator
+        )
+        for row, token, log_probability in zip(rows, tokens, log_probabilities, strict=True):
+            if row.is_done:
+                continue
+            row.allow = row.allow.after(token)
+            row.log_probability += log_probability
+            row.num_decisions += 1
+            row.extend([token, *row.allow.forced], max_new_tokens)
+    return [results[place].generation() for place in range(len(prompts))]
+
+
+def choose(
+    head: Tensor,
+    states: Tensor,
+    allowed: Sequence[Tensor | None],
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[list[int], list[float]]:
+    """One id a row, and its log-probability among what that row allows.
+
+    Takes the head's weights (V, C) and states (B, C). Where every row allows few ids, only their
+    rows of the head are computed.
+    """
+    if all(ids is not None and ids.dtype != torch.bool for ids in allowed):
+        ids, is_allowed = _pad([ids for ids in allowed if ids is not None], states.device)
+        logits = (head[ids] @ states[:, :, None])[:, :, 0].float()  # (B, K)
+    else:
+        ids, is_allowed = None, _masks(allowed, head.size(0), states.device)
+        logits = (states @ head.T).float()  # (B, V)
+    logits = logits.masked_fill(~is_allowed, -torch.inf)
+    if temperature > 0:
+        chances = (logits / temperature).softmax(dim=-1)
+        chosen = torch.multinomial(chances, 1, generator=generator)  # (B, 1)
+    else:
+        chosen = logits.argmax(dim=-1, keepdim=True)
+    log_probabilities = logits.log_softmax(dim=-1).gather(1, chosen)
+    tokens = chosen if ids is None else ids.gather(1, chosen)
+    return tokens[:, 0].tolist(), log_probabilities[:, 0].tolist()
+
+
+def _pad(allowed: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids (B, K) padded to the longest row, and which of them are real (B, K)."""
+    ids = torch.nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1)
+    ids = ids.to(device)
+    return ids.clamp(min=0), ids >= 0
+
+
+def _masks(allowed: Sequence[Tensor | None], num_ids: int, device: torch.device) -> Tensor:
+    """Which of all ids each row allows, (B, V)."""
+    masks = torch.zeros(len(allowed), num_ids, dtype=torch.bool)
+    for mask, ids in zip(masks, allowed, strict=True):
+        if ids is None:
+            mask.fill_(True)
+        elif ids.dtype == torch.bool:
+            mask.copy_(ids[:num_ids])
+        else:
+            mask[ids] = True
+    return masks.to(device)
+
+
+def _feed(model: GPT, rows: list[_Row], cache: KVCache) -> Tensor:
+    """Put each row's unknown tokens through the network; the state (B, C) after its last one.
+
+    Rows differ in how many tokens they must feed, so each feeds its last T: a token fed again
+    writes the same key and value, and every row's last token stands in the last column.
+    """
+    device = cache.keys.device
+    T = max(1, *(len(row.ids) - row.num_cached for row in rows if not row.is_done))
+    ends = [len(row.ids) for row in rows]
+    ids = [[row.ids[0]] * (T - end) + row.ids[-T:] for row, end in zip(rows, ends, strict=True)]
+    positions = torch.tensor(ends)[:, None] + torch.arange(-T, 0)  # (B, T)
+    states = model.hidden_states(
+        torch.tensor(ids, device=device),
+        positions=positions.clamp(min=0).to(device),
+        cache=cache.first(max(ends)),
+    )
+    for row, end in zip(rows, ends, strict=True):
+        row.num_cached = end
+    return states[:, -1]
+
+
+def _new_cache(
+    model: GPT, rows: list[_Row], max_new_tokens: int, prefix: Prefix | None, num_shared: int
+) -> KVCache:
+    weight = model.lm_head.weight
+    num_positions = max(row.num_prompt for row in rows) + max_new_tokens
+    cache = KVCache(
+        model.config, len(rows), num_positions, device=weight.device, dtype=weight.dtype
+    )
+    if prefix is not None:
+        cache.first(num_shared).keys[:] = prefix.cache.first(num_shared).keys
+        cache.first(num_shared).values[:] = prefix.cache.first(num_shared).values
+    return cache
+
+
+def _drop_finished(rows: list[_Row], cache: KVCache) -> tuple[list[_Row], KVCache]:
+    """Shrink the batch, but only by a quarter or more at once: shrinking copies the cache."""
+    going_on = [place for place, row in enumerate(rows) if not row.is_done]
+    if len(going_on) > 0.75 * len(rows):
+        return rows, cache
+    chosen = torch.tensor(going_on, device=cache.keys.device)
+    return [rows[place] for place in going_on], cache.select(chosen)
+
+
+def _num_shared(prompt: Sequence[int], prefix: Prefix | None) -> int:
+    """How many leading tokens of the prompt are the prefix's; its last token is always fed."""
+    known = prefix.ids if prefix is not None else ()
+    pairs = zip(prompt[:-1], known, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt) - 1, len(known)))
+
+
+def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, block_size: int) -> None:
+    if not all(prompts):
+        raise ValueError("a prompt is empty; it must hold at least one token")
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > block_size:
+        raise ValueError(
+            f"a prompt of {longest} tokens and up to {max_new_tokens} new ones exceed the model's "
+            f"{block_size} positions; shorten the text or lower max_new_tokens"
+        )

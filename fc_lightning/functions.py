@@ -118,11 +118,12 @@ class Registry:
     """All functions of a domain, in file order.
 
     `source` is the parsed YAML file (schemas and sentences, whole), which travels inside
-    checkpoints so that a fine-tuned model knows its functions.
+    checkpoints so that a fine-tuned model knows its functions. `where` is what messages call it.
     """
 
     functions: tuple[FunctionSpec, ...]
     source: Mapping[str, Any] = field(compare=False, repr=False)
+    where: str = field(default="registry", compare=False, repr=False)
 
     @cached_property
     def by_name(self) -> dict[str, FunctionSpec]:
@@ -202,7 +203,7 @@ def registry_from_source(source: Mapping[str, Any], where: str | Path) -> Regist
     names = [f.name for f in functions]
     if repeated := {n for n in names if names.count(n) > 1}:
         raise RegistryError(f"{where}: function {min(repeated)!r} is defined twice")
-    return Registry(functions, source)
+    return Registry(functions, source, str(where))
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         source = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RegistryError(f"{path}: can't be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RegistryError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(source, dict):
         raise RegistryError(
@@ -227,9 +228,12 @@ def _with_tools(source: dict[str, Any], tools_path: Path, where: Path) -> dict[s
         raise RegistryError(
             f"{where}: tools {tools_path} can't be read ({error.strerror})"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise RegistryError(f"{tools_path}: not an OpenAI tools list of named functions") from None
-    beside = {e.get("name"): e for e in source.get("functions") or [] if isinstance(e, dict)}
+    try:
+        beside = {entry["name"]: entry for entry in source.get("functions") or []}
+    except (KeyError, TypeError):
+        raise RegistryError(f"{where}: each entry of 'functions' needs a 'name'") from None
     if unknown := beside.keys() - schemas.keys():
         raise RegistryError(f"{where}: function {min(map(str, unknown))!r} is not in {tools_path}")
     merged = [schema | beside.get(name, {}) for name, schema in schemas.items()]
@@ -267,22 +271,24 @@ def _parameter_spec(name: str, schema: Mapping[str, Any], is_required: bool) -> 
     item_type = str(items.get("type", "string")) if kind == "array" else ""
     if item_type == "array" or (item_type and item_type not in _PYTHON_TYPES):
         raise RegistryError(f"argument {name!r}: items of type {item_type!r} are not supported")
-    enum = tuple(items.get("enum") or ())
+    if not isinstance(name, str):
+        raise RegistryError(f"argument {name!r} must be a string (put quotes around it)")
+    enum = items.get("enum") or []
+    if not isinstance(enum, list):
+        raise RegistryError(f"argument {name!r}: enum must be a list, not {enum!r}")
     # YAML 1.1 reads a bare on, off, yes or no as a boolean: the commonest slip in such files.
     if wrong := [v for v in enum if not _has_type(v, item_type or kind)]:
         raise RegistryError(
             f"argument {name!r}: enum value {wrong[0]!r} is no {item_type or kind}"
             " (put quotes around on, off, yes and no)"
         )
+    bounds = {bound: items.get(bound) for bound in ("minimum", "maximum")}
+    for bound, value in bounds.items():
+        if value is not None and not _has_type(value, "number"):
+            raise RegistryError(f"argument {name!r}: {bound} {value!r} is no number")
+    description = str(schema.get("description", ""))
     return ParameterSpec(
-        name,
-        kind,
-        str(schema.get("description", "")),
-        enum,
-        item_type,
-        items.get("minimum"),
-        items.get("maximum"),
-        is_required,
+        name, kind, description, tuple(enum), item_type, is_required=is_required, **bounds
     )
 
 
@@ -332,7 +338,7 @@ def render_call(call: FunctionCall) -> str:
 
 
 def parse_call(text: str) -> FunctionCall:
-    """Read a call from an assistant's text, whatever stands around it.
+    """Read a call from an assistant's text, whatever stands before it; only markers may follow.
 
     Reads the clean form that `render_call` writes, and what other people's files hold: `true` and
     `false` in the literal, unescaped double quotes inside the outer JSON string, arguments as a
@@ -346,14 +352,13 @@ def parse_call(text: str) -> FunctionCall:
             f"a call of {len(text):,} characters; at most {_MAX_CALL_CHARS:,} are read"
         )
     body = text if text.lstrip().startswith("{") else text.partition("<functioncall>")[2]
-    body = _CLOSING_MARKERS.sub("", body).strip()
+    body = _without_closing_markers(body).strip()
     name, arguments = _parse_clean(body) or _parse_loose(body)
     return FunctionCall(name, arguments, raw=text)
 
 
 _MAX_CALL_CHARS = 20_000
 _MAX_DEPTH = 8
-_CLOSING_MARKERS = re.compile(r"(?:\s*<\|(?:im_end|endoftext)\|>)+\s*\Z")
 _LOOSE = re.compile(
     r"""\{\s*"name"\s*:\s*"(?P<name>[^"]*)"\s*,\s*"arguments"\s*:\s*"(?P<literal>.*)"\s*\}\s*\Z""",
     re.DOTALL,
@@ -365,12 +370,24 @@ _LITERAL_TOKEN = re.compile(
 )
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
-_SHORT_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
+_SHORT_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
+_SHORT_ESCAPES |= {mark: mark for mark in "'\"\\/"}
+
+
+def _without_closing_markers(text: str) -> str:
+    while True:
+        shorter = text.rstrip().removesuffix("<|endoftext|>").removesuffix("<|im_end|>")
+        if shorter == text:
+            return text
+        text = shorter
 
 
 def _parse_clean(body: str) -> tuple[str, dict[str, Any]] | None:
     try:
         outer = json.loads(body)
+        if isinstance(outer, dict) and isinstance(outer.get("arguments"), dict):
+            # Back to text, so that one reader bounds depth and numbers however they were written.
+            outer["arguments"] = json.dumps(outer["arguments"], ensure_ascii=False)
     except (ValueError, RecursionError):
         return None
     if not isinstance(outer, dict) or not isinstance(outer.get("name"), str):
@@ -412,7 +429,7 @@ def _parse_literal(text: str) -> Any:
 def _read_value(tokens: list[tuple[str, str]], i: int, depth: int) -> tuple[Any, int]:
     kind, text = tokens[i]
     if kind == "string":
-        return _ESCAPE.sub(_unescape, text[1:-1]), i + 1
+        return _read_string(text[1:-1]), i + 1
     if kind == "number":
         return _read_number(text), i + 1
     if kind == "word" and text in _WORDS:
@@ -448,6 +465,12 @@ def _read_container(
     if len(dict(items)) < len(items):
         raise UnreadableCall("an argument is given twice")
     return dict(items), i + 1
+
+
+def _read_string(text: str) -> str:
+    value = _ESCAPE.sub(_unescape, text)
+    # JSON escapes an emoji as two surrogates: join them, and let no lone one out.
+    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _read_number(text: str) -> int | float:

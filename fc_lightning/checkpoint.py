@@ -120,11 +120,11 @@ def _locate(path: Path) -> Path:
 def _load_plain(file: Path) -> Mapping[str, Any]:
     """Read a pickled dict of tensors and plain values, mapped from disk where its format allows."""
     try:
-        content = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except OSError as error:
-        raise CheckpointError(f"{file}: can't be read ({error.strerror or error})") from None
+        is_mappable = zipfile.is_zipfile(file)
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mappable)
+    except PermissionError as error:
+        raise CheckpointError(f"{file}: can't be read ({error.strerror})") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
@@ -241,7 +241,7 @@ def _plain_names(weights: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise CheckpointError(f"{file}: {name} must hold floats, not {kind}")
-        if not bool(weight.isfinite().all()):
+        if not bool(weight.sum(dtype=torch.float32).isfinite()):
             raise CheckpointError(f"{file}: {name} is not finite; take an earlier checkpoint")
         plain[".".join(parts)] = weight
     return plain

@@ -20,6 +20,8 @@ from torch import Tensor
 from fc_lightning.gpt import GPT, KVCache
 from fc_lightning.tokenizer import END_OF_TEXT
 
+_SPARE_POSITIONS = 32  # how far the cache grows at once
+
 
 class Allow(Protocol):
     """What may come next at one place in a response; never changed, so rows can share it."""
@@ -99,11 +101,13 @@ class _Row:
 @torch.inference_mode()
 def prefill(model: GPT, ids: Sequence[int]) -> Prefix:
     """Put the shared beginning of many prompts through the network, once for all of them."""
-    weight = model.lm_head.weight
-    cache = KVCache(model.config, 1, len(ids), device=weight.device, dtype=weight.dtype)
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    if torch.is_autocast_enabled(device.type):  # keys and values then come in its precision
+        dtype = torch.get_autocast_dtype(device.type)
+    cache = KVCache(model.config, 1, len(ids), device=device, dtype=dtype)
     if ids:
-        tokens = torch.tensor([list(ids)], device=weight.device)
-        positions = torch.arange(len(ids), device=weight.device)[None]
+        tokens = torch.tensor([list(ids)], device=device)
+        positions = torch.arange(len(ids), device=device)[None]
         model.hidden_states(tokens, positions=positions, cache=cache)
     return Prefix(ids, cache)
 
@@ -138,9 +142,10 @@ def generate(
     for row in rows:
         row.extend(row.allow.forced, max_new_tokens)
     results = {row.place: row for row in rows}
-    cache = _new_cache(model, rows, max_new_tokens, prefix, num_shared)
+    shared = (prefix or prefill(model, [])).cache.first(num_shared)
+    cache = shared.resized(torch.zeros(len(rows), dtype=torch.long), num_shared)
     while not all(row.is_done for row in rows):
-        rows, cache = _drop_finished(rows, cache)
+        rows, cache = _fit(rows, cache)
         states = _feed(model, rows, cache)
         allowed = [row.allow.allowed for row in rows]
         tokens, log_probabilities = choose(
@@ -227,27 +232,17 @@ def _feed(model: GPT, rows: list[_Row], cache: KVCache) -> Tensor:
     return states[:, -1]
 
 
-def _new_cache(
-    model: GPT, rows: list[_Row], max_new_tokens: int, prefix: Prefix | None, num_shared: int
-) -> KVCache:
-    weight = model.lm_head.weight
-    num_positions = max(row.num_prompt for row in rows) + max_new_tokens
-    cache = KVCache(
-        model.config, len(rows), num_positions, device=weight.device, dtype=weight.dtype
-    )
-    if prefix is not None:
-        cache.first(num_shared).keys[:] = prefix.cache.first(num_shared).keys
-        cache.first(num_shared).values[:] = prefix.cache.first(num_shared).values
-    return cache
+def _fit(rows: list[_Row], cache: KVCache) -> tuple[list[_Row], KVCache]:
+    """Drop finished rows and make room for the unknown tokens of the others.
 
-
-def _drop_finished(rows: list[_Row], cache: KVCache) -> tuple[list[_Row], KVCache]:
-    """Shrink the batch, but only by a quarter or more at once: shrinking copies the cache."""
+    Either copies the cache, so rows are dropped by a quarter or more at once.
+    """
     going_on = [place for place, row in enumerate(rows) if not row.is_done]
-    if len(going_on) > 0.75 * len(rows):
+    num_positions = max(len(row.ids) for row in rows)
+    if len(going_on) > 0.75 * len(rows) and num_positions <= cache.num_positions:
         return rows, cache
     chosen = torch.tensor(going_on, device=cache.keys.device)
-    return [rows[place] for place in going_on], cache.select(chosen)
+    return [rows[i] for i in going_on], cache.resized(chosen, num_positions + _SPARE_POSITIONS)
 
 
 def _num_shared(prompt: Sequence[int], prefix: Prefix | None) -> int:

@@ -73,10 +73,17 @@ class KVCache:
         view.values = self.values[:, :, :, :num_positions]
         return view
 
-    def select(self, rows: Tensor) -> KVCache:
-        """A copy that holds only the given rows (B,) of the batch, in their order."""
+    def resized(self, rows: Tensor, num_positions: int) -> KVCache:
+        """A copy with room for so many positions and only the given rows (B,) of the batch.
+
+        A row may be given more than once: so a shared prefix is laid out for many.
+        """
         chosen = copy.copy(self)
-        chosen.keys, chosen.values = self.keys[:, rows], self.values[:, rows]
+        L, _, H, S, D = self.keys.shape
+        chosen.keys = self.keys.new_zeros(L, len(rows), H, num_positions, D)
+        chosen.values = torch.zeros_like(chosen.keys)
+        chosen.keys[:, :, :, :S] = self.keys[:, rows]
+        chosen.values[:, :, :, :S] = self.values[:, rows]
         return chosen
 
     def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:

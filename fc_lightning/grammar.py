@@ -1,0 +1,329 @@
+"""Which tokens may come next so that a response is always a valid call, and which must come.
+
+A registry is written as a grammar of whole responses, in exactly the text that `render_call`
+writes, and compiled by llguidance. `compile_grammar` returns the response's first `Place`; decoding
+walks from there. Places are shared by all rows and calls, so what a mask costs is paid once.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.tiktoken import lltokenizer_from_encoding
+from torch import Tensor
+
+from fc_lightning.chat import RESPONSE_END, RESPONSE_START
+from fc_lightning.functions import (
+    FunctionCall,
+    FunctionSpec,
+    ParameterSpec,
+    Registry,
+    Value,
+    render_call,
+)
+from fc_lightning.tokenizer import END_OF_TEXT, PADDED_VOCAB_SIZE, get_encoding
+
+MAX_TEXT_CHARS = 80  # of a free string; beyond U+07FF a character counts twice
+_LETTER = r"[^'\"\\\p{C}\p{Z}]"  # what repr writes as it is, but for the space
+_NARROW = r"[^'\"\\\p{C}\p{Z}\u{800}-\u{10FFFF}]"  # and takes two tokens at most
+_MANY = 256  # from so many allowed ids on, a mask is cheaper than a list
+
+
+# ---------------------------------------------------------------- the walk through a response
+
+
+class Place:
+    """One place in a response: the ids `forced` there, and the ids `allowed` after them.
+
+    Only choices of the training tokenisation are offered, as long as they are few: where
+    "increase" may follow, "in" may not, so that it needs one decision and not two. Inside a free
+    string any token of the text is allowed.
+    """
+
+    def __init__(self, matcher: LLMatcher, ids: list[int]) -> None:
+        self.forced, self.allowed = _advance(matcher, ids)
+        self._matcher, self._ids = matcher, [*ids, *self.forced]
+        self._next: dict[int, Place] = {}
+
+    def after(self, token: int) -> Place:
+        """The place that an allowed token leads to; remembered unless inside a free string."""
+        if (place := self._next.get(token)) is None:
+            place = Place(_consume(self._matcher.deep_copy(), [token]), [*self._ids, token])
+            if self.allowed.dtype != torch.bool:
+                self._next[token] = place
+        return place
+
+
+def compile_grammar(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS) -> Place:
+    """The first place of a response that calls one of the registry's functions.
+
+    Raises:
+        ValueError: an argument that no value satisfies, such as bounds with no number between.
+    """
+    matcher = LLMatcher(_tokenizer(), write_grammar(registry, max_text_chars=max_text_chars))
+    _check(matcher)
+    return Place(matcher, [])
+
+
+@functools.cache
+def _tokenizer() -> LLTokenizer:
+    # Tokens that consist of plain letters are allowed or not by the slice: 0.02 ms a mask, not 0.3.
+    slices = [f"({_NARROW}| ){{1,{n}}}" for n in (15, 5)]
+    return lltokenizer_from_encoding(get_encoding(), n_vocab=PADDED_VOCAB_SIZE, slices=slices)
+
+
+def _advance(matcher: LLMatcher, ids: list[int]) -> tuple[list[int], Tensor]:
+    """Consume what is forced; the forced ids, and the ids (K,) or mask (V,) allowed then."""
+    forced: list[int] = []
+    while not matcher.is_stopped():
+        run = matcher.compute_ff_tokens()
+        if not run:
+            choices, mask = _allowed(matcher)
+            if not choices:
+                return forced, torch.from_numpy(mask.copy())
+            run = _canonical(matcher, [*ids, *forced], choices)
+            if len(run) > 1:
+                return forced, torch.tensor(run)
+        _consume(matcher, run)
+        forced += run
+    return [*forced, END_OF_TEXT], torch.tensor([], dtype=torch.long)
+
+
+def _canonical(matcher: LLMatcher, ids: list[int], choices: list[int]) -> list[int]:
+    """Those choices with which the training tokenisation of some response goes on."""
+    return [
+        token
+        for token in choices
+        if _may_be_canonical(_consume(matcher.deep_copy(), [token]), [*ids, token])
+    ]
+
+
+def _may_be_canonical(matcher: LLMatcher, ids: list[int]) -> bool:
+    """Whether tokenising some response that starts with the text of `ids` gives these ids.
+
+    Sure as soon as the bytes forced from here reach into the next word: tokens never span two.
+    """
+    text = get_encoding().decode_bytes(ids)
+    ahead = matcher.compute_ff_bytes()
+    if _is_settled(text, ahead) or matcher.is_stopped():
+        whole = (text + ahead).decode(errors="ignore")  # may end within a character
+        return get_encoding().encode_ordinary(whole)[: len(ids)] == ids
+    choices, _ = _allowed(matcher)
+    return not choices or any(
+        _may_be_canonical(_consume(matcher.deep_copy(), [token]), [*ids, token])
+        for token in choices
+    )
+
+
+def _is_settled(text: bytes, ahead: bytes) -> bool:
+    """Whether a word of GPT-2's pattern ends at or after the end of `text`, within `ahead`."""
+    num_letters = len(text.decode(errors="ignore"))
+    letters = (text + ahead).decode(errors="ignore")[num_letters - 1 :]
+    return any(a != " " and _kind(a) != _kind(b) for a, b in itertools.pairwise(letters))
+
+
+def _kind(letter: str) -> str:
+    return next((k for k in ("isalpha", "isnumeric", "isspace") if getattr(letter, k)()), "mark")
+
+
+def _allowed(matcher: LLMatcher) -> tuple[list[int], np.ndarray]:
+    """The ids allowed next, empty where they are many, and the same as a mask (V,)."""
+    mask = np.frombuffer(matcher.compute_logit_bias(), dtype=np.bool_)
+    return (mask.nonzero()[0].tolist() if np.count_nonzero(mask) <= _MANY else []), mask
+
+
+def _consume(matcher: LLMatcher, ids: list[int]) -> LLMatcher:
+    matcher.consume_tokens(ids)
+    _check(matcher)
+    return matcher
+
+
+def _check(matcher: LLMatcher) -> None:
+    # llguidance reports errors by a state, never by an exception.
+    if matcher.is_error():
+        problem = matcher.get_error().partition("\n")[0]
+        raise ValueError(f"the grammar can't be followed: {problem}")
+
+
+# ---------------------------------------------------------------- the grammar of a registry
+
+
+def write_grammar(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS) -> str:
+    """All responses that call a function of the registry, in llguidance's Lark notation.
+
+    Keys stand in schema order and arrays in enum order, without repeats; an incomplete call
+    leaves at least one required argument ''.
+    """
+    opening, closing = render_call(FunctionCall("@", {})).split("@")
+    before_arguments, end = closing.split("{}")
+    calls, rules = [], list(_text_rules(max_text_chars))
+    for number, name in enumerate(registry.call_names):
+        spec = registry.spec(name)
+        assert spec is not None, name
+        first, argument_rules = _argument_rules(f"call{number}", spec, spec.name != name)
+        calls.append(f"{_literal(name + before_arguments + '{')} {first}")
+        rules += argument_rules
+    start = f"{_literal(RESPONSE_START + opening)} call {_literal('}' + end + RESPONSE_END)}"
+    return "\n".join([f"start: {start}", f"call: {' | '.join(calls)}", *rules])
+
+
+def _argument_rules(rule: str, spec: FunctionSpec, is_incomplete: bool) -> tuple[str, list[str]]:
+    """The rule that writes all of a function's arguments, and the rules that it is made of."""
+    values = [f"{rule}_value{i}" for i in range(len(spec.parameters))]
+    rules = [*itertools.chain(*map(_value_rules, values, spec.parameters))]
+
+    @functools.cache
+    def rest(i: int, is_first: bool, must_omit: bool) -> str | None:
+        """The rule for the parameters from i on; None if there is no way to end from there."""
+        is_needed = any(p.is_required for p in spec.parameters[i:])
+        ways = [] if must_omit or is_needed else ['""']
+        for j, parameter in enumerate(spec.parameters[i:], i):
+            key = _written({parameter.name: ""})[1:-3]
+            key = key if is_first else f", {key}"
+            if tail := rest(j + 1, False, must_omit):
+                ways.append(f"{_literal(key)} {values[j]} {tail}")
+            may_omit = is_incomplete and parameter.is_required
+            if may_omit and (tail := rest(j + 1, False, False)):
+                ways.append(f"{_literal(key + _written(''))} {tail}")
+            if parameter.is_required:
+                break
+        if not ways:
+            return None
+        name = f"{rule}_{i}_{is_first:d}_{must_omit:d}"
+        rules.append(f"{name}: {' | '.join(ways)}")
+        return name
+
+    first = rest(0, True, is_incomplete)
+    assert first is not None, spec.name
+    return first, rules
+
+
+def _value_rules(rule: str, parameter: ParameterSpec) -> list[str]:
+    """The rule for one argument's value; an array's items stand in order, each at most once."""
+    if parameter.type != "array":
+        return [f"{rule}: {_scalar(parameter, parameter.type)}"]
+    if not parameter.enum:
+        item = _scalar(parameter, parameter.item_type)
+        return [f'{rule}: "[" {rule}_item (", " {rule}_item){{0,7}} "]"', f"{rule}_item: {item}"]
+    items = [_literal(_written(choice)) for choice in parameter.enum]
+    rules = [f'{rule}: "[" ({_ways_on(rule, items, 0)})']
+    for i in range(1, len(items)):
+        rules.append(f'{rule}_{i}: "]" | ", " ({_ways_on(rule, items, i)})')
+    return [*rules, f'{rule}_{len(items)}: "]"']
+
+
+def _ways_on(rule: str, items: list[str], start: int) -> str:
+    return " | ".join(f"{item} {rule}_{i + 1}" for i, item in enumerate(items) if i >= start)
+
+
+def _scalar(parameter: ParameterSpec, kind: str) -> str:
+    """The expression for one scalar value."""
+    if parameter.enum:
+        return " | ".join(_literal(_written(parameter.canonical(v))) for v in parameter.enum)
+    if kind == "boolean":
+        return " | ".join(_literal(_written(v)) for v in (True, False))
+    if kind == "string":
+        return "text"
+    pattern = _number(parameter.minimum, parameter.maximum, is_integer=kind == "integer")
+    if not pattern:
+        raise ValueError(
+            f"{parameter.name}: no {kind} lies between {parameter.minimum} and {parameter.maximum}"
+        )
+    return f"/{pattern}/"
+
+
+def _text_rules(max_chars: int) -> Iterator[str]:
+    """Non-empty free strings, quoted as `repr` quotes them and then escaped for JSON.
+
+    Single quotes; double ones around a text with apostrophes; single ones again, with the
+    apostrophes escaped, around a text with both. Lengths are such that no text, whatever its
+    tokens, takes more than 3 * max_chars of them: rarer letters are allowed half as many.
+    """
+    double, apostrophe, backslash = r"\\\"", r"\\\\'", r"\\\\\\\\"  # as they are written
+    widths = (("NARROW", _NARROW, max_chars), ("WIDE", f"{_LETTER}|{backslash}", max_chars // 2))
+    for width, letter, n in widths:
+        plain, m = f"{letter}| ", n // 3
+        yield f"SINGLE_{width}: /'({plain}|{double}){{1,{n}}}'/"
+        yield f"DOUBLE_{width}: /{double}({plain}){{0,{n}}}'({plain}|'){{0,{n // 2}}}{double}/"
+        yield (
+            f"BOTH_{width}: /'({plain}){{0,{m}}}"
+            f"({double}({plain}|{double}){{0,{m}}}{apostrophe}"
+            f"|{apostrophe}({plain}|{apostrophe}){{0,{m}}}{double})"
+            f"({plain}|{double}|{apostrophe}){{0,{m}}}'/"
+        )
+    names = itertools.product(("SINGLE", "DOUBLE", "BOTH"), ("NARROW", "WIDE"))
+    yield f"text: {' | '.join(map('_'.join, names))}"
+
+
+def _number(minimum: float | None, maximum: float | None, *, is_integer: bool) -> str:
+    """A regex for the numbers within bounds: whole, or else with up to two decimals.
+
+    Without a bound, up to nine digits. Empty if there is no such number.
+    """
+    low, high = (
+        (-1e9 + 1 if minimum is None else minimum),
+        (1e9 - 1 if maximum is None else maximum),
+    )
+    ways = list(_magnitudes(max(low, 0), high, is_integer))
+    smallest = max(-high, 1 if is_integer else 0.01)  # there is no -0
+    negative = "|".join(_magnitudes(smallest, -low, is_integer))
+    return "|".join([*ways, f"-({negative})"] if negative else ways)
+
+
+def _magnitudes(low: float, high: float, is_integer: bool) -> Iterator[str]:
+    """Regexes for the numbers from low >= 0 to high."""
+    first, last = math.ceil(low), math.floor(high)
+    if first <= last:
+        yield _integers(first, last)
+    if is_integer or low > high:
+        return
+    if first < last:
+        yield rf"({_integers(first, last - 1)})\.[0-9]?[1-9]"
+    for whole in {math.floor(low), last} - set(range(first, last)):
+        hundredths = range(whole * 100 + 1, whole * 100 + 100)
+        yield from (rf"{n / 100}".replace(".", r"\.") for n in hundredths if low <= n / 100 <= high)
+
+
+def _integers(first: int, last: int) -> str:
+    """A regex for the integers from first >= 0 to last, by their number of digits."""
+    lengths = range(len(str(first)), len(str(last)) + 1)
+    spans = ((max(first, 10 ** (n - 1) if n > 1 else 0), min(last, 10**n - 1)) for n in lengths)
+    return "|".join(_digits(str(low), str(high)) for low, high in spans)
+
+
+def _digits(low: str, high: str) -> str:
+    """A regex for the numbers between two of the same length.
+
+    >>> _digits("10", "35")
+    '(3[0-5]|[1-2][0-9]{1})'
+    """
+    if low[:1] == high[:1]:
+        return low[:1] + _digits(low[1:], high[1:]) if low else ""
+    zeros, nines = "0" * (len(low) - 1), "9" * (len(low) - 1)
+    start, end, ways = int(low[0]), int(high[0]), []
+    if low[1:] != zeros:
+        ways.append(low[0] + _digits(low[1:], nines))
+        start += 1
+    if high[1:] != nines:
+        ways.append(high[0] + _digits(zeros, high[1:]))
+        end -= 1
+    if start <= end:
+        ways.append(f"[{start}-{end}][0-9]{{{len(zeros)}}}")
+    return f"({'|'.join(ways)})"
+
+
+def _written(value: Value | dict[str, str]) -> str:
+    """A value as it stands in a call's text."""
+    return json.dumps(repr(value), ensure_ascii=False)[1:-1]
+
+
+def _literal(text: str) -> str:
+    """A string of Lark."""
+    return json.dumps(text, ensure_ascii=False)

@@ -62,7 +62,8 @@ def calibrate(
     pairs = sorted(zip(confidences, is_match, strict=True), reverse=True)
     members: list[list[tuple[float, bool]]] = [[] for _ in range(num_bins)]
     for pair in pairs:
-        members[max(0, math.ceil(pair[0] * num_bins) - 1)].append(pair)
+        # A product of probabilities may come out a rounding error above 1.
+        members[min(max(math.ceil(pair[0] * num_bins), 1), num_bins) - 1].append(pair)
     bins = tuple(
         CalibrationBin(
             i / num_bins,

@@ -370,7 +370,10 @@ def wilson_interval(
 
 
 def confusion_figure(confusion: Tensor, call_names: Sequence[str]) -> Figure:
-    """Draw `CallMetrics.confusion_matrix()`: the names that occur, shaded by share of the row."""
+    """Draw `CallMetrics.confusion_matrix()`, (N, N + 2): only names that occur, mistakes in red.
+
+    Shades are shares of the row, under a square root so that rare mistakes can be seen.
+    """
     from matplotlib.figure import Figure
 
     confusion = confusion.cpu()
@@ -387,13 +390,18 @@ def confusion_figure(confusion: Tensor, call_names: Sequence[str]) -> Figure:
         axes.set_title("no examples")
         return figure
     counts = confusion[rows][:, columns]
-    shares = counts / counts.sum(1, keepdim=True)
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    shades = (counts / counts.sum(1, keepdim=True)).sqrt()
+    is_right = torch.tensor([[i == j for j in columns] for i in rows])
+    for cmap, is_drawn in (("Blues", is_right), ("Reds", ~is_right)):
+        drawn = shades.masked_fill(~is_drawn | (counts == 0), math.nan).numpy()
+        axes.pcolormesh(drawn, cmap=cmap, vmin=0, vmax=1.2, edgecolors="#eeeeee", lw=0.5)
     for i, j in counts.nonzero().tolist():
-        shade = "white" if shares[i, j] > 0.6 else "black"
-        text = str(int(counts[i, j]))
-        axes.text(j, i, text, ha="center", va="center", color=shade, fontsize=7)
-    axes.set_xticks(range(len(columns)), [labels[j] for j in columns], rotation=90, fontsize=8)
-    axes.set_yticks(range(len(rows)), [labels[i] for i in rows], fontsize=8)
+        color = "white" if shades[i, j] > 0.7 else "black"
+        text = f"{int(counts[i, j])}"
+        axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=color, fontsize=7)
+    at_columns, at_rows = ([k + 0.5 for k in range(len(names))] for names in (columns, rows))
+    axes.set_xticks(at_columns, [labels[j] for j in columns], rotation=90, fontsize=8)
+    axes.set_yticks(at_rows, [labels[i] for i in rows], fontsize=8)
     axes.set(xlabel="predicted", ylabel="expected (… is an incomplete request)")
+    axes.invert_yaxis()
     return figure

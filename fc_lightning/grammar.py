@@ -25,6 +25,7 @@ from fc_lightning.functions import (
     FunctionSpec,
     ParameterSpec,
     Registry,
+    Scalar,
     Value,
     render_call,
 )
@@ -33,6 +34,8 @@ from fc_lightning.tokenizer import END_OF_TEXT, PADDED_VOCAB_SIZE, get_encoding
 MAX_TEXT_CHARS = 80  # of a free string; beyond U+07FF a character counts twice
 _LETTER = r"[^'\"\\\p{C}\p{Z}]"  # what repr writes as it is, but for the space
 _NARROW = r"[^'\"\\\p{C}\p{Z}\u{800}-\u{10FFFF}]"  # and takes two tokens at most
+_MAX_ITEMS = 8  # of an array without enum
+_SPARE_TOKENS = 8  # END_OF_TEXT, and what neighbours may cost each other at their seam
 _MANY = 256  # from so many allowed ids on, a mask is cheaper than a list
 
 
@@ -70,6 +73,38 @@ def compile_grammar(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS)
     matcher = LLMatcher(_tokenizer(), write_grammar(registry, max_text_chars=max_text_chars))
     _check(matcher)
     return Place(matcher, [])
+
+
+def max_response_tokens(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS) -> int:
+    """How many tokens the longest response that the grammar allows can take."""
+    encoding, longest = get_encoding(), 0
+    for name in registry.call_names:
+        spec = registry.spec(name)
+        assert spec is not None, name
+        values = {p.name: _longest(p) for p in spec.parameters}
+        response = f"{RESPONSE_START}{render_call(FunctionCall(name, values))}{RESPONSE_END}"
+        num_texts = sum(
+            (_MAX_ITEMS if p.type == "array" else 1)
+            for p in spec.parameters
+            if "string" in (p.type, p.item_type) and not p.enum
+        )
+        num_tokens = len(encoding.encode_ordinary(response)) + 3 * max_text_chars * num_texts
+        longest = max(longest, num_tokens)
+    return longest + _SPARE_TOKENS
+
+
+def _longest(parameter: ParameterSpec) -> Value:
+    """A value that takes as many tokens as any other, free text left empty."""
+    if parameter.type == "array":
+        return list(parameter.enum) or [_longest_scalar(parameter)] * _MAX_ITEMS
+    return _longest_scalar(parameter)
+
+
+def _longest_scalar(parameter: ParameterSpec) -> Scalar:
+    if parameter.enum:
+        return max(parameter.enum, key=lambda v: len(get_encoding().encode_ordinary(repr(v))))
+    kind = parameter.item_type or parameter.type
+    return "" if kind == "string" else False if kind == "boolean" else -123456789.25
 
 
 @functools.cache
@@ -211,7 +246,10 @@ def _value_rules(rule: str, parameter: ParameterSpec) -> list[str]:
         return [f"{rule}: {_scalar(parameter, parameter.type)}"]
     if not parameter.enum:
         item = _scalar(parameter, parameter.item_type)
-        return [f'{rule}: "[" {rule}_item (", " {rule}_item){{0,7}} "]"', f"{rule}_item: {item}"]
+        return [
+            f'{rule}: "[" {rule}_item (", " {rule}_item){{0,{_MAX_ITEMS - 1}}} "]"',
+            f"{rule}_item: {item}",
+        ]
     items = [_literal(_written(choice)) for choice in parameter.enum]
     rules = [f'{rule}: "[" ({_ways_on(rule, items, 0)})']
     for i in range(1, len(items)):

@@ -1,0 +1,267 @@
+"""FunctionCaller: what a person says in, a function call that satisfies its schema out.
+
+The public way to use a fine-tuned model: it holds the model, the grammar of its functions and the
+system prompt's keys and values, which all calls share. Nothing of Lightning is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from fc_lightning.chat import decode_response, encode_command
+from fc_lightning.checkpoint import load_gpt, load_registry_source
+from fc_lightning.decoding import generate, prefill
+from fc_lightning.functions import (
+    FunctionCall,
+    Registry,
+    load_registry,
+    parse_call,
+    registry_from_source,
+    value_key,
+)
+from fc_lightning.gpt import GPT
+from fc_lightning.grammar import MAX_TEXT_CHARS, compile_grammar, max_response_tokens
+
+_MIN_PROMPT_TOKENS = 128  # what a response must leave free; prompts take about 75
+
+
+class IncompleteCall(ValueError):
+    """A call that lacks required arguments; `missing` says which to ask for."""
+
+    def __init__(self, call: FunctionCall) -> None:
+        self.call, self.missing = call, call.missing
+        super().__init__(f"{call.function} needs {', '.join(self.missing)}, which was not said")
+
+
+class UnknownHandler(LookupError):
+    """A call of a function for which `execute` was given nothing to run."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the model said, and the probability of the choices it made."""
+
+    text: str
+    confidence: float
+
+
+class FunctionCaller:
+    """Turns what people say into calls of a registry's functions; safe to share among threads.
+
+    >>> caller = FunctionCaller.from_checkpoint("outputs/best.ckpt")  # doctest: +SKIP
+    >>> caller("make it warmer in the back")  # doctest: +SKIP
+    FunctionCall(name='adjust_temperature', arguments={'action': 'increase', ...
+    """
+
+    def __init__(self, model: GPT, registry: Registry, *, batch_size: int | None = None) -> None:
+        """Answer with `model` as it is, wherever it is; it is put into evaluation mode.
+
+        Up to `batch_size` commands are decoded at once: 512 on a GPU, else 64, unless given.
+
+        Raises:
+            ValueError: the model has too few positions for a prompt and a call.
+        """
+        self.model, self.registry = model.eval(), registry
+        max_text_chars = _max_text_chars(registry, model.config.block_size)
+        self._max_new_tokens = max_response_tokens(registry, max_text_chars=max_text_chars)
+        self._grammar = compile_grammar(registry, max_text_chars=max_text_chars)
+        self._prefix = prefill(model, _shared_prompt())
+        is_gpu = model.lm_head.weight.is_cuda
+        self._batch_size = batch_size or (512 if is_gpu else 64)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        functions: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        int8: bool = False,
+        batch_size: int | None = None,
+    ) -> FunctionCaller:
+        """Load a checkpoint in any format that `load_gpt` reads.
+
+        Args:
+            functions: the domain's YAML file; by default the one inside the checkpoint, or the
+                vehicle's if it holds none.
+            device: "cpu", "cuda", ...; "auto" takes a GPU if there is one.
+            dtype: "float32", "bfloat16" or "float16"; "auto" takes bfloat16 where the hardware
+                computes in it.
+            int8: store the block's weights as 8-bit integers, on the CPU only: the fastest there.
+
+        Raises:
+            ValueError: the file, the device or the dtype can't be used; the message says why.
+        """
+        registry = _find_registry(path, functions)
+        where = _find_device(device)
+        model = load_gpt(path, dropout=0.0).eval()
+        if int8:
+            if where.type != "cpu" or dtype not in ("auto", "float32"):
+                raise ValueError("int8 weights work on the CPU, with dtype float32 or auto only")
+            model = quantize_int8(model)
+        else:
+            model = model.to(where, _find_dtype(dtype, where))
+        return cls(model, registry, batch_size=batch_size)
+
+    @overload
+    def __call__(self, text: str) -> FunctionCall: ...
+    @overload
+    def __call__(self, text: list[str]) -> list[FunctionCall]: ...
+    def __call__(self, text: str | list[str]) -> FunctionCall | list[FunctionCall]:
+        """The call that a command asks for; for a list of commands, a list of calls.
+
+        Raises:
+            ValueError: a command is empty, or too long for the model.
+        """
+        responses = self.respond([text] if isinstance(text, str) else text)
+        calls = [_read(response) for response in responses]
+        return calls[0] if isinstance(text, str) else calls
+
+    def respond(
+        self,
+        commands: Sequence[str],
+        *,
+        constrained: bool = True,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> list[Response]:
+        """The model's own text for each command, in order; unconstrained, it may be no call.
+
+        `on_progress` is told how many more commands are answered, batch by batch.
+
+        Raises:
+            ValueError: a command is empty, or too long for the model.
+        """
+        prompts = [self._encode(command) for command in commands]
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        responses: dict[int, Response] = {}
+        for start in range(0, len(prompts), self._batch_size):
+            batch = by_length[start : start + self._batch_size]
+            generations = generate(
+                self.model,
+                [prompts[i] for i in batch],
+                max_new_tokens=self._max_new_tokens,
+                allow=self._grammar if constrained else None,
+                prefix=self._prefix,
+            )
+            for i, generation in zip(batch, generations, strict=True):
+                confidence = math.exp(generation.log_probability)
+                responses[i] = Response(decode_response(generation.ids), confidence)
+            if on_progress is not None:
+                on_progress(len(batch))
+        return [responses[i] for i in range(len(prompts))]
+
+    def execute(self, text: str, handlers: Mapping[str, Callable[..., Any]]) -> Any:
+        """Call the handler of the function that `text` asks for, with its arguments by keyword.
+
+        Raises:
+            IncompleteCall: a required argument was not said.
+            UnknownHandler: `handlers` has no such function.
+            ValueError: the command is empty, or too long for the model.
+        """
+        call = self(text)
+        if not call.is_complete:
+            raise IncompleteCall(call)
+        if call.name not in handlers:
+            raise UnknownHandler(
+                f"{text!r:.60} asks for {call.name}, but handlers has only "
+                f"{', '.join(handlers) or 'nothing'}; add {call.name}"
+            )
+        return handlers[call.name](**call.arguments)
+
+    def _encode(self, command: str) -> list[int]:
+        ids = encode_command(command)
+        room = self.model.config.block_size - self._max_new_tokens
+        if len(ids) > room:
+            raise ValueError(
+                f"the command is too long: with the system prompt it takes {len(ids):,} tokens, "
+                f"and the model has room for {room:,} besides the call; shorten {command!r:.60}"
+            )
+        return ids
+
+
+def quantize_int8(model: GPT) -> GPT:
+    """The model with the blocks' weights in int8, by output channel; CPU only, in place.
+
+    Activations are quantized on the fly, one scale for all that is fed at once. Embeddings and the
+    vocabulary head, of which few rows are read, stay as they are.
+    """
+    with warnings.catch_warnings():  # torch announces that torchao will replace this some day
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(
+            model.transformer.h,
+            {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig},
+            inplace=True,
+        )
+    return model
+
+
+def _read(response: Response) -> FunctionCall:
+    call = parse_call(response.text)
+    arguments = {name: _without_repeats(value) for name, value in call.arguments.items()}
+    return dataclasses.replace(call, arguments=arguments, confidence=response.confidence)
+
+
+def _without_repeats(value: Any) -> Any:
+    """An array's elements once each: the grammar can't see to it where they are free text."""
+    if not isinstance(value, list):
+        return value
+    return list({value_key(element): element for element in reversed(value)}.values())[::-1]
+
+
+def _shared_prompt() -> list[int]:
+    """The tokens with which every command's prompt begins."""
+    pairs = zip(encode_command("a"), encode_command("?!"), strict=False)
+    return [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+
+def _max_text_chars(registry: Registry, block_size: int) -> int:
+    """How long a free string may be so that prompt and response fit into the model."""
+    for max_text_chars in (MAX_TEXT_CHARS, 64, 48, 32, 16, 8):
+        needed = max_response_tokens(registry, max_text_chars=max_text_chars) + _MIN_PROMPT_TOKENS
+        if needed <= block_size:
+            return max_text_chars
+    raise ValueError(
+        f"the model's {block_size} positions are too few: a prompt and the longest call of these "
+        f"functions need {needed}; train one with a larger block_size"
+    )
+
+
+def _find_registry(checkpoint: str | Path, functions: str | Path | None) -> Registry:
+    if functions is None and (source := load_registry_source(checkpoint)) is not None:
+        return registry_from_source(source, checkpoint)
+    return load_registry(functions)
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} can't be used: {error}") from None
+
+
+def _find_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {name!r}")
+    return getattr(torch, name)
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    is_x86_able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and is_x86_able

@@ -143,7 +143,8 @@ def generate(
         row.extend(row.allow.forced, max_new_tokens)
     results = {row.place: row for row in rows}
     shared = (prefix or prefill(model, [])).cache.first(num_shared)
-    cache = shared.resized(torch.zeros(len(rows), dtype=torch.long), num_shared)
+    longest = max(len(row.ids) for row in rows)
+    cache = shared.resized([0] * len(rows), longest + _SPARE_POSITIONS)
     while not all(row.is_done for row in rows):
         rows, cache = _fit(rows, cache)
         states = _feed(model, rows, cache)
@@ -241,8 +242,8 @@ def _fit(rows: list[_Row], cache: KVCache) -> tuple[list[_Row], KVCache]:
     num_positions = max(len(row.ids) for row in rows)
     if len(going_on) > 0.75 * len(rows) and num_positions <= cache.num_positions:
         return rows, cache
-    chosen = torch.tensor(going_on, device=cache.keys.device)
-    return [rows[i] for i in going_on], cache.resized(chosen, num_positions + _SPARE_POSITIONS)
+    cache = cache.resized(going_on, num_positions + _SPARE_POSITIONS)
+    return [rows[i] for i in going_on], cache
 
 
 def _num_shared(prompt: Sequence[int], prefix: Prefix | None) -> int:

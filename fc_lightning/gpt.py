@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,17 +74,18 @@ class KVCache:
         view.values = self.values[:, :, :, :num_positions]
         return view
 
-    def resized(self, rows: Tensor, num_positions: int) -> KVCache:
-        """A copy with room for so many positions and only the given rows (B,) of the batch.
+    def resized(self, rows: Sequence[int], num_positions: int) -> KVCache:
+        """A copy with room for so many positions and only the given rows of the batch.
 
         A row may be given more than once: so a shared prefix is laid out for many.
         """
         chosen = copy.copy(self)
         L, _, H, S, D = self.keys.shape
+        S = min(S, num_positions)
         chosen.keys = self.keys.new_zeros(L, len(rows), H, num_positions, D)
         chosen.values = torch.zeros_like(chosen.keys)
-        chosen.keys[:, :, :, :S] = self.keys[:, rows]
-        chosen.values[:, :, :, :S] = self.values[:, rows]
+        chosen.keys[:, :, :, :S] = self.keys[:, rows, :, :S]
+        chosen.values[:, :, :, :S] = self.values[:, rows, :, :S]
         return chosen
 
     def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:

@@ -20,6 +20,10 @@ def test_edges_belong_to_the_bin_below_and_zero_to_the_first():
     assert counts == [2, 1]
 
 
+def test_a_confidence_a_rounding_error_above_one_is_in_the_last_bin():
+    assert calibrate([1 + 1e-9], [True], num_bins=2).bins[1].num_examples == 1
+
+
 def test_fifteen_bins_are_the_default():
     assert len(calibrate([0.5], [True]).bins) == 15
 

@@ -254,13 +254,14 @@ def _find_device(name: str) -> torch.device:
 
 def _find_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, not {name!r}")
     return getattr(torch, name)
 
 
-def _computes_in_bfloat16(device: torch.device) -> bool:
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware itself computes in bf16, rather than emulating it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     is_x86_able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fc_lightning.chat import Example, encode_example, render_response
-from fc_lightning.functions import Registry, UnreadableCall, parse_call
+from fc_lightning.chat import Example, encode_example
+from fc_lightning.functions import FunctionCall, Registry, UnreadableCall, parse_call
 from fc_lightning.tokenizer import PAD
 
 
@@ -99,15 +99,22 @@ def _read_example(entry: object, where: str) -> Example:
     return example
 
 
-def canonical_example(example: Example, registry: Registry) -> Example:
-    """The example with its call as this package writes it; unreadable or unknown ones untouched."""
+def expected_call(row: Row, registry: Registry) -> FunctionCall:
+    """The call a row teaches, in canonical form.
+
+    Raises:
+        DataError: the response holds no readable call, or one of a function unknown here.
+    """
     try:
-        call = parse_call(example.assistant)
-    except UnreadableCall:
-        return example
+        call = parse_call(row.example.assistant)
+    except UnreadableCall as error:
+        raise DataError(f"{row.where}: no readable call in the response: {error}") from None
     if registry.spec(call.name) is None:
-        return example
-    return replace(example, assistant=render_response(registry.canonical(call)))
+        raise DataError(
+            f"{row.where}: function {call.name!r} is not in the registry; "
+            "set data.functions to the domain file that defines it"
+        )
+    return registry.canonical(call)
 
 
 # ---------------------------------------------------------------- rows as tokens
@@ -117,8 +124,8 @@ class Batch(NamedTuple):
     """Rows of like length, right-padded to the longest, less the prefix that all of them share.
 
     The model reads prefix + ids; `targets` are the next tokens at the trained positions, whose
-    flat indices into (B, T) are `trained_at`. The counts are plain integers, so that nobody has
-    to ask the device for them.
+    flat indices into (B, T) are `trained_at`. What is counted is plain integers, so that nobody
+    has to ask the device for it.
     """
 
     prefix: Tensor  # (P,) token ids before every row
@@ -126,7 +133,12 @@ class Batch(NamedTuple):
     trained_at: Tensor  # (N,)
     targets: Tensor  # (N,)
     rows: list[int]  # (B,) indices into the dataset
-    num_tokens: int  # inputs, the prefix of every row counted, padding not
+    lengths: list[int]  # (B,) inputs of each row after the prefix, padding not counted
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens of all rows, each with its prefix; padding is none."""
+        return sum(self.lengths) + len(self.prefix) * len(self.rows)
 
     @property
     def is_trained(self) -> Tensor:
@@ -180,7 +192,7 @@ class FunctionCallDataset(Dataset[Batch]):
             torch.from_numpy(np.flatnonzero(is_trained)),
             torch.from_numpy(self.ids[source[is_trained] + 1].astype(np.int64)),
             [int(row) for row in rows],
-            int(lengths.sum()) + P * len(rows),
+            lengths.tolist(),
         )
 
     def _shared_prefix_length(self) -> int:
@@ -224,14 +236,16 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches in a whole epoch, wherever the next pass begins."""
-        return len(self._bounds())
+        return sum(stop - start > self.rank for start, stop in self._bounds())
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
-        for start, stop in self._bounds(np.random.default_rng((self.seed, self.epoch)))[
-            self.first_batch :
-        ]:
-            yield order[start:stop][self.rank :: self.num_ranks].tolist()
+        bounds = self._bounds()
+        if self.shuffle:
+            np.random.default_rng((self.seed, self.epoch, 2)).shuffle(bounds)
+        for start, stop in bounds[self.first_batch :]:
+            if rows := order[start:stop][self.rank :: self.num_ranks].tolist():
+                yield rows
 
     def _order(self) -> np.ndarray:
         """All rows, sorted by length within large shuffled chunks (or, unshuffled, everywhere)."""
@@ -243,17 +257,17 @@ class LengthBatchSampler(Sampler[list[int]]):
         chunks = [order[i : i + chunk] for i in range(0, len(order), chunk)]
         return np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
 
-    def _bounds(self, random: np.random.Generator | None = None) -> list[tuple[int, int]]:
-        """Where each global batch starts and stops in the order; a tail too small for all ranks
-        joins the batch before it."""
+    def _bounds(self) -> list[tuple[int, int]]:
+        """Where each global batch starts and stops in the order.
+
+        In training, where all ranks must take part in every step, a tail with fewer rows than
+        ranks joins the batch before it; unshuffled, the last ranks have one batch less.
+        """
         size, total = self.batch_size * self.num_ranks, len(self.lengths)
         starts = list(range(0, total, size))
         if self.shuffle and len(starts) > 1 and total - starts[-1] < self.num_ranks:
             starts.pop()
-        bounds = list(zip(starts, [*starts[1:], total], strict=True))
-        if self.shuffle and random is not None:
-            random.shuffle(bounds)
-        return bounds
+        return list(zip(starts, [*starts[1:], total], strict=True))
 
 
 class ResumableDataLoader(DataLoader[Batch]):

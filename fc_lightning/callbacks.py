@@ -1,0 +1,315 @@
+"""What is watched while training: sampled predictions, call metrics, and speed.
+
+All of it is safe under DDP: prompts are shared out over the ranks, every rank takes part in every
+collective, and nothing but rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from fc_lightning.chat import decode_response, encode_command
+from fc_lightning.dataset import Batch, FunctionCallDataset
+from fc_lightning.decoding import generate
+from fc_lightning.functions import FunctionCall, Registry, calls_equal, parse_call
+from fc_lightning.metrics import CallMetrics, confusion_figure, read_call
+
+_HEADLINES = ("call_match", "function_match", "argument_match", "argument_f1", "valid")
+
+
+class Prediction(NamedTuple):
+    """A command, the call it should be, and what the model made of it."""
+
+    command: str
+    expected: FunctionCall
+    text: str
+    predicted: FunctionCall | None
+
+    @property
+    def is_match(self) -> bool:
+        return self.predicted is not None and calls_equal(self.expected, self.predicted)
+
+    @property
+    def shown(self) -> str:
+        """The predicted call, or the start of what can't be read as one, on one line."""
+        if self.predicted is not None:
+            return show_call(self.predicted)
+        return f"unreadable: {' '.join(self.text.split())[:200]!r}"
+
+
+def predict_rows(
+    module: L.LightningModule, dataset: FunctionCallDataset, rows: Sequence[int]
+) -> list[Prediction]:
+    """Greedy predictions for `rows` of a dataset, by this rank alone."""
+    examples = [dataset.rows[row].example for row in rows]
+    if not examples:
+        return []
+    prompts = [encode_command(example.command, system=example.system) for example in examples]
+    # A model that never ends its response is cut soon after the longest one that is right.
+    longest = int((dataset.lengths - dataset.prompt_lengths).max()) + 8
+    max_new_tokens = min(longest, module.block_size - max(map(len, prompts)))
+    with _evaluating(module):
+        texts = [
+            decode_response(generation.ids)
+            for generation in generate(module.gpt, prompts, max_new_tokens=max_new_tokens)
+        ]
+    return [
+        Prediction(example.command, parse_call(example.assistant), text, read_call(text))
+        for example, text in zip(examples, texts, strict=True)
+    ]
+
+
+@contextmanager
+def _evaluating(module: L.LightningModule) -> Iterator[None]:
+    """The module without dropout and gradients, in the Trainer's precision."""
+    was_training = module.training
+    module.eval()
+    with torch.no_grad(), module.trainer.precision_plugin.forward_context():
+        yield
+    module.train(was_training)
+
+
+class SampleCalls(L.Callback):
+    """Predicts a few training and validation commands now and then, and writes them down.
+
+    Appends to `samples/train_sample.txt` and `samples/val_sample.txt` under the Trainer's
+    default_root_dir, and to TensorBoard as text; wrong ones first.
+
+    Args:
+        sample_interval: optimizer steps from one sampling to the next.
+        num_samples: commands of each kind.
+    """
+
+    def __init__(self, sample_interval: int = 500, num_samples: int = 8) -> None:
+        if sample_interval < 1 or num_samples < 1:
+            raise ValueError("sample_interval and num_samples must be at least 1")
+        self.sample_interval, self.num_samples = sample_interval, num_samples
+        self._last_step = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        step = trainer.global_step
+        if step == self._last_step or step % self.sample_interval:
+            return
+        self._last_step = step
+        data = trainer.datamodule
+        for name, dataset in (("train", data.train_set), ("val", data.val_set)):
+            # Other commands at each sampling, the same on every rank and in every run.
+            random = np.random.default_rng(step)
+            rows = random.permutation(len(dataset))[: self.num_samples].tolist()
+            mine = predict_rows(pl_module, dataset, _share(rows, trainer))
+            predictions = sorted(_gather(mine, trainer), key=lambda p: p.is_match)
+            if trainer.is_global_zero:
+                self._write(trainer, name, predictions)
+
+    def _write(self, trainer: L.Trainer, name: str, predictions: Sequence[Prediction]) -> None:
+        folder = Path(trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{name}_sample.txt").open("a", encoding="utf-8") as file:
+            file.write(samples_as_text(trainer.global_step, predictions))
+        for writer in _tensorboard(trainer):
+            table = samples_as_markdown(predictions)
+            writer.add_text(f"samples/{name}", table, trainer.global_step)
+
+
+def samples_as_text(step: int, predictions: Sequence[Prediction]) -> str:
+    """Predictions as they stand in val_sample.txt, those that differ marked with `x`."""
+    num_right = sum(p.is_match for p in predictions)
+    lines = [f"step {step}: {num_right} of {len(predictions)} right", ""]
+    for p in predictions:
+        mark = "  " if p.is_match else "x "
+        lines += [
+            f"{mark}Input:     {p.command}",
+            f"{mark}Actual:    {show_call(p.expected)}",
+            f"{mark}Predicted: {p.shown}",
+            "",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def samples_as_markdown(predictions: Sequence[Prediction]) -> str:
+    """Predictions as a Markdown table, what differs in bold."""
+    lines = ["| | input | actual | predicted |", "|---|---|---|---|"]
+    for p in predictions:
+        predicted = f"`{_cell(p.shown)}`" if p.is_match else f"**`{_cell(p.shown)}`**"
+        mark = "ok" if p.is_match else "**x**"
+        actual = f"`{_cell(show_call(p.expected))}`"
+        lines.append(f"| {mark} | {_cell(p.command)} | {actual} | {predicted} |")
+    return "\n".join(lines)
+
+
+def show_call(call: FunctionCall) -> str:
+    """A call the way a programmer would write it: set_fan_speed(speed='low')."""
+    return f"{call.name}({', '.join(f'{name}={v!r}' for name, v in call.arguments.items())})"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("`", "'")
+
+
+class ValidateCalls(L.Callback):
+    """Generates calls at each validation and logs how many are right, as monitors too.
+
+    Logs `val/call_match`, `val/function_match` and the like (see metrics.CallMetrics), and the
+    confusion of functions as a figure. `validate` and `test` score every row.
+
+    Args:
+        num_examples: validation rows scored during fit, evenly spread over the set; 0 for none.
+    """
+
+    def __init__(self, num_examples: int = 256) -> None:
+        self.num_examples = num_examples
+        self.predictions: list[Prediction] = []  # of this rank, from the last validation
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            is_fitting = trainer.state.fn == "fit"
+            self._score(trainer, pl_module, "val", self.num_examples if is_fitting else None)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._score(trainer, pl_module, "test", None)
+
+    def _score(
+        self, trainer: L.Trainer, module: L.LightningModule, stage: str, num_examples: int | None
+    ) -> None:
+        dataset = trainer.datamodule.val_set
+        num_rows = len(dataset) if num_examples is None else min(num_examples, len(dataset))
+        if not num_rows:
+            return
+        rows = np.linspace(0, len(dataset) - 1, num_rows).astype(int)
+        by_length = rows[np.argsort(dataset.prompt_lengths[rows], kind="stable")].tolist()
+        mine = _share(by_length, trainer)
+        batches = (mine[i : i + 256] for i in range(0, len(mine), 256))
+        self.predictions = [p for batch in batches for p in predict_rows(module, dataset, batch)]
+        metrics = score(trainer.datamodule.registry, self.predictions, module.device)
+        measures = metrics.compute()
+        shown = {f"{stage}/{n}": v for n, v in measures.items() if not torch.isnan(v)}
+        on_bar = {f"{stage}/call_match"}
+        for name, value in shown.items():
+            module.log(name, value.to(torch.float32), prog_bar=name in on_bar, rank_zero_only=False)
+        confusion = metrics.confusion_matrix()
+        for writer in _tensorboard(trainer):
+            figure = confusion_figure(confusion, metrics.call_names)
+            writer.add_figure(f"{stage}/confusion", figure, trainer.global_step)
+
+
+def score(
+    registry: Registry, predictions: Iterable[Prediction], device: torch.device
+) -> CallMetrics:
+    """The measures over predictions; under DDP, over those of all ranks."""
+    metrics = CallMetrics(registry).to(device)
+    pairs = [(p.expected, p.predicted) for p in predictions]
+    metrics.update([expected for expected, _ in pairs], [predicted for _, predicted in pairs])
+    return metrics
+
+
+class Throughput(L.Callback):
+    """Logs examples/s, real tokens/s and MFU over windows of steps.
+
+    Padding counts nowhere, and a prefix that goes through the network once counts once in MFU. The
+    device is waited for once a window, not once a step. MFU is the share of the device's own peak
+    in its precision; without a known peak (a CPU) it is left out.
+
+    Args:
+        every_n_steps: batches in a window.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._peak = get_available_flops(pl_module.device, _compute_dtype(trainer))
+        self._start(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._start(pl_module)
+
+    def _start(self, module: L.LightningModule) -> None:
+        self._num_batches = self._num_examples = self._num_tokens = self._num_flops = 0
+        self._started_at = _now(module.device)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        self._num_batches += 1
+        self._num_examples += len(batch.rows)
+        self._num_tokens += batch.num_tokens
+        self._num_flops += 3 * needed_flops(pl_module, batch)
+        if self._num_batches < self.every_n_steps:
+            return
+        seconds = _now(pl_module.device) - self._started_at
+        ranks = trainer.world_size
+        speeds = {
+            "throughput/examples_per_s": ranks * self._num_examples / seconds,
+            "throughput/tokens_per_s": ranks * self._num_tokens / seconds,
+        }
+        if self._peak:
+            speeds["throughput/mfu"] = self._num_flops / seconds / self._peak
+        for logger in trainer.loggers:
+            logger.log_metrics(speeds, step=trainer.global_step)
+        trainer.callback_metrics.update({n: torch.tensor(v) for n, v in speeds.items()})
+        self._start(pl_module)
+
+
+def needed_flops(module: L.LightningModule, batch: Batch) -> int:
+    """Operations of a forward pass over a batch: no padding, no repeated prefix, no idle head."""
+    prefix = len(batch.prefix)
+    num_pairs = prefix * (prefix + 1) // 2
+    num_pairs += sum(prefix * length + length * (length + 1) // 2 for length in batch.lengths)
+    return module.gpt.num_flops(prefix + sum(batch.lengths), num_pairs, len(batch.targets))
+
+
+def _compute_dtype(trainer: L.Trainer) -> torch.dtype:
+    precision = str(trainer.precision)
+    if "bf16" in precision:
+        return torch.bfloat16
+    return torch.float16 if "16" in precision else torch.float32
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _share(rows: list[int], trainer: L.Trainer) -> list[int]:
+    """This rank's part of `rows`."""
+    return rows[trainer.global_rank :: trainer.world_size]
+
+
+def _gather(mine: list[Any], trainer: L.Trainer) -> list[Any]:
+    """The items of all ranks, in one list."""
+    if trainer.world_size == 1:
+        return mine
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, mine)
+    return list(itertools.chain.from_iterable(parts))
+
+
+def _tensorboard(trainer: L.Trainer) -> Iterator[Any]:
+    """The SummaryWriter of each TensorBoard logger; none but on rank 0."""
+    for logger in trainer.loggers:
+        if trainer.is_global_zero and hasattr(logger.experiment, "add_text"):
+            yield logger.experiment

@@ -1,0 +1,236 @@
+"""`fit`, `validate`, `test` and `predict` through LightningCLI.
+
+Defaults, the callbacks that can be configured, errors in words, and what is said when a run ends.
+The commands that need no Trainer are in commands.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
+
+from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls, show_call
+from fc_lightning.caller import computes_in_bfloat16
+from fc_lightning.datamodule import FunctionCallDataModule
+from fc_lightning.module import FunctionCallModule
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class FunctionCallCLI(LightningCLI):
+    """Trains, validates and tests a `FunctionCallModule` on a `FunctionCallDataModule`."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            FunctionCallModule,
+            FunctionCallDataModule,
+            args=args,
+            trainer_defaults={
+                "precision": _best_precision(),
+                "gradient_clip_val": 1.0,
+                "use_distributed_sampler": False,  # the data module shares rows out exactly
+                "default_root_dir": "outputs",
+                "log_every_n_steps": 10,
+                "callbacks": [LearningRateMonitor("step")],
+            },
+            seed_everything_default=1337,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=_Parser,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/loss",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.add_lightning_class_args(SampleCalls, "samples")
+        parser.add_lightning_class_args(ValidateCalls, "calls")
+        parser.add_lightning_class_args(Throughput, "throughput")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        _reject_unknown_keys(args, self._subcommand_parsers)
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as it was said.
+
+        Lightning would put a checkpoint's hyperparameters over those of the command line. Here
+        the config says how to train, and the checkpoint what was learned and its shape.
+        """
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        root = Path(config.trainer.default_root_dir or ".")
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(root / "checkpoints")
+        if (data_dir := config.data.fc_data_dir) is not None and not Path(data_dir).is_dir():
+            raise ValueError(f"data.fc_data_dir {data_dir}: no such folder")
+
+    def after_fit(self) -> None:
+        """Score the best checkpoint on all validation rows, and say where everything is."""
+        checkpoint = self.trainer.checkpoint_callback
+        best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        if not best or self.trainer.fast_dev_run:
+            return
+        self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
+        if self.trainer.is_global_zero:
+            self._say_result(best)
+
+    def after_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            Console().print(_measures_table(self.trainer.callback_metrics, "val"))
+
+    def after_test(self) -> None:
+        if self.trainer.is_global_zero:
+            Console().print(_measures_table(self.trainer.callback_metrics, "test"))
+
+    def _say_result(self, best: str) -> None:
+        console = Console()
+        console.print(_measures_table(self.trainer.callback_metrics, "val"))
+        calls = next(c for c in self.trainer.callbacks if isinstance(c, ValidateCalls))
+        wrong = [p for p in calls.predictions if not p.is_match][:3]
+        right = [p for p in calls.predictions if p.is_match]
+        for p in [*right[:: max(1, len(right) // 3)][:3], *wrong]:
+            mark = "[green]ok[/]" if p.is_match else "[red]x [/]"
+            console.print(f"{mark} [bold]{p.command}[/]", highlight=False)
+            console.print(f"   {p.shown}", style="dim", markup=False, highlight=False)
+            if not p.is_match:
+                console.print(f"   should be {show_call(p.expected)}", markup=False, style="dim")
+        root = Path(self.trainer.default_root_dir)
+        console.print(
+            f"\nbest checkpoint  {best}\n"
+            f"samples          {root / 'samples' / 'val_sample.txt'}\n"
+            f"TensorBoard      tensorboard --logdir {root}\n"
+            f"try it           python -m fc_lightning call --checkpoint {best}"
+            ' "make it warmer in the back"',
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def main(args: list[str]) -> None:
+    """Run one of SUBCOMMANDS.
+
+    Raises:
+        ValueError: an option, config or input that can't be used, in words.
+    """
+    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own
+    # Right: batches are collated in 0.1 ms, so workers would only take the cores from training.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    FunctionCallCLI(args)
+
+
+def _best_precision() -> str:
+    """bf16 where the hardware computes in it, else fp16 with scaling on a GPU and fp32 on a CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if computes_in_bfloat16(device):
+        return "bf16-mixed"
+    return "16-mixed" if device.type == "cuda" else "32-true"
+
+
+def _measures_table(metrics: dict[str, Any], stage: str) -> Table:
+    table = Table("measure", "value", title=f"{stage}: all rows", title_justify="left")
+    names = [
+        "loss",
+        "num_examples",
+        "call_match",
+        "function_match",
+        "argument_match",
+        "argument_f1",
+        "valid",
+        "complete_call_match",
+        "incomplete_call_match",
+        "incomplete_f1",
+    ]
+    for name in names:
+        if (value := metrics.get(f"{stage}/{name}")) is not None:
+            shown = f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %"
+            table.add_row(name, f"{value:.0f}" if name == "num_examples" else shown)
+    return table
+
+
+# ---------------------------------------------------------------- config errors in words
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors are one line and an exception, not fifty lines of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+        raise ValueError(" ".join(lines)[:600]) from ex
+
+
+def _reject_unknown_keys(args: list[str], parsers: Mapping[str, LightningArgumentParser]) -> None:
+    """Say which key of which file, or which option, doesn't exist, and what is nearest to it.
+
+    Raises:
+        ValueError: the first such key or option.
+    """
+    parser = parsers.get(args[0]) if args else None
+    if parser is None:
+        return
+    known = {option[2:] for option in parser._option_string_actions if option.startswith("--")}
+    for arg, following in zip_longest(args[1:], args[2:], fillvalue=""):
+        option, _, value = arg.partition("=")
+        if option in ("--config", "-c"):
+            _check_config_file(Path(value or following), known)
+        elif option.startswith("--") and not _is_known(option[2:], known):
+            raise ValueError(f"no option {option}{_nearest(option[2:], known, '--')}")
+
+
+def _check_config_file(file: Path, known: set[str]) -> None:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config {file}: can't be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"config {file}: must be a mapping such as 'model:' and 'trainer:'")
+    for key in _keys(content):
+        if not _is_known(key, known):
+            raise ValueError(f"config {file}: no key {key!r}{_nearest(key, known)}")
+
+
+def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict) and "class_path" not in value:
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _is_known(key: str, known: set[str]) -> bool:
+    """Whether an option is `key`, lies below it (model), or takes it in (trainer.logger.name)."""
+    parents = {key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)}
+    open_parents = parents & {"trainer.logger", "trainer.callbacks", "trainer.plugins"}
+    return key.rstrip("+") in known or bool(open_parents) or key in {k.split(".")[0] for k in known}
+
+
+def _nearest(key: str, known: set[str], prefix: str = "") -> str:
+    by_name = {k.rsplit(".", 1)[-1]: k for k in sorted(known)}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    near = near or [
+        by_name[n]
+        for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_name, n=1, cutoff=0.7)
+    ]
+    return f"; the nearest is {prefix}{near[0]}" if near else "; --help lists them"

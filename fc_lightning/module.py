@@ -1,0 +1,239 @@
+"""The LightningModule: a GPT, its masked loss, AdamW and warmup-cosine.
+
+Gradients are exact: a step over several micro-batches and ranks has the gradient of one batch
+with all their rows, averaged over trained tokens. Data, sampling and metrics live elsewhere.
+
+Shapes: see dataset.Batch. B rows, T tokens a row, C width, V vocabulary, N trained tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from fc_lightning.checkpoint import CheckpointError, load_gpt
+from fc_lightning.dataset import Batch
+from fc_lightning.gpt import GPT, GPTConfig
+from fc_lightning.loss import head_cross_entropy_sum
+from fc_lightning.tokenizer import NUM_TOKENS
+
+
+class FunctionCallModule(L.LightningModule):
+    """Fine-tunes a GPT on (command, call) rows.
+
+    Args:
+        pretrained_dir: a nanoGPT ckpt.pt or its folder, a Hugging Face GPT-2 folder, or a
+            Lightning .ckpt. Without one, a new model of the shape below.
+        n_layer, n_head, n_embd, block_size: the shape of a new model; with a pretrained one,
+            only block_size counts, which crops it.
+        learning_rate, min_lr: peak and final learning rate.
+        warmup_iters: optimizer steps of linear warmup.
+        lr_decay_iters: optimizer step at which the cosine reaches min_lr; None for the whole run.
+        weight_decay: on matrices and embeddings, as nanoGPT has it; none on biases and norms.
+        beta1, beta2: AdamW's.
+        dropout: probability, wherever GPT-2 has it.
+        compile: run the training network through torch.compile.
+    """
+
+    def __init__(
+        self,
+        pretrained_dir: str | None = None,
+        learning_rate: float = 5e-6,
+        min_lr: float = 1e-6,
+        warmup_iters: int = 2000,
+        lr_decay_iters: int | None = 54000,
+        weight_decay: float = 0.1,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        dropout: float = 0.2,
+        compile: bool = False,
+        n_layer: int = 8,
+        n_head: int = 8,
+        n_embd: int = 256,
+        block_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if pretrained_dir is not None:
+            self.gpt = load_gpt(pretrained_dir, dropout=dropout, block_size=block_size)
+        else:
+            shape = GPTConfig(
+                block_size=block_size or 256,
+                n_layer=n_layer,
+                n_head=n_head,
+                n_embd=n_embd,
+                dropout=dropout,
+                bias=False,
+            )
+            self.gpt = GPT(shape)
+        if self.gpt.config.vocab_size < NUM_TOKENS:
+            raise ValueError(
+                f"the checkpoint has {self.gpt.config.vocab_size} vocabulary rows; function calls "
+                f"need ids up to {NUM_TOKENS - 1}"
+            )
+        self._resume_from: Mapping[str, Any] | None = None
+        self._start_window()
+
+    @property
+    def block_size(self) -> int:
+        """Positions of the model: the longest row it can read."""
+        return self.gpt.config.block_size
+
+    # ---------------------------------------------------------------- loss
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Cross-entropy summed over the trained tokens of a batch, in nats, ()."""
+        if batch.prefix.numel():
+            hidden = self.gpt.hidden_states_after(batch.prefix, batch.ids)  # (B, T, C)
+        else:
+            hidden = self.gpt.hidden_states(batch.ids)
+        trained = hidden.flatten(0, 1).index_select(0, batch.trained_at)  # (N, C)
+        return head_cross_entropy_sum(trained, self.gpt.lm_head.weight, batch.targets)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss_sum = self.loss_sum(batch)
+        self._window_loss = self._window_loss + loss_sum.detach()
+        self._num_window_tokens += len(batch.targets)
+        # Lightning divides by accumulate_grad_batches; on_before_optimizer_step, by tokens.
+        return loss_sum * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn summed gradients into the mean over all trained tokens of window and ranks."""
+        num_tokens = torch.full_like(self._window_loss, self._num_window_tokens)
+        sums = torch.stack([self._window_loss, num_tokens])
+        loss, num_tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        # DDP has averaged the sums over ranks: undo that, then divide by the tokens of all.
+        scale = self.trainer.world_size / num_tokens
+        torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
+        self.log("train/loss", loss / num_tokens, prog_bar=True)
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._window_loss = torch.zeros((), device=self.device)
+        self._num_window_tokens = 0
+
+    def on_train_start(self) -> None:
+        self._start_window()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self._resume_from is not None:
+            self._restore_run(self._resume_from)
+            self._resume_from = None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_evaluation("val/loss", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_evaluation("test/loss", batch)
+
+    def _log_evaluation(self, name: str, batch: Batch) -> None:
+        num_trained = len(batch.targets)
+        loss = self.loss_sum(batch) / num_trained
+        self.log(name, loss, batch_size=num_trained, on_epoch=True, sync_dist=True, prog_bar=True)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what makes a checkpoint complete: the model's shape, the domain, the exact moment."""
+        checkpoint["hyper_parameters"]["pretrained_dir"] = None  # a checkpoint stands alone
+        checkpoint["gpt_config"] = dataclasses.asdict(self.gpt.config)
+        registry = getattr(getattr(self.trainer, "datamodule", None), "registry", None)
+        if registry is not None:
+            checkpoint["registry"] = json.loads(json.dumps(registry.source, default=str))
+        checkpoint["ranks"] = _gather(self._run_state())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's shape; learning rate and the like stay as they were asked for."""
+        if "gpt_config" not in checkpoint:
+            raise CheckpointError(
+                "this .ckpt was not written by fc_lightning; to start from other weights, set "
+                "model.pretrained_dir"
+            )
+        shape = GPTConfig(**checkpoint["gpt_config"] | {"dropout": self.hparams.dropout})
+        if shape != self.gpt.config:
+            self.gpt = GPT(shape)
+        ranks = checkpoint["ranks"]
+        self._resume_from = ranks[self.global_rank] if self.global_rank < len(ranks) else None
+        p = self.hparams
+        for state in checkpoint.get("optimizer_states", []):
+            for group, weight_decay in zip(
+                state["param_groups"], (p.weight_decay, 0.0), strict=True
+            ):
+                group["betas"] = (p.beta1, p.beta2)
+                group.update(initial_lr=p.learning_rate, weight_decay=weight_decay)
+        for state in checkpoint.get("lr_schedulers", []):
+            state["base_lrs"] = [p.learning_rate] * len(state["base_lrs"])
+
+    def _run_state(self) -> dict[str, Any]:
+        """What this rank alone knows: random states, and an accumulation window half done."""
+        state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self._num_window_tokens:
+            state["window_tokens"] = self._num_window_tokens
+            state["window_loss"] = self._window_loss
+            state["gradients"] = [p.grad for p in self.parameters()]
+        return state
+
+    def _restore_run(self, state: Mapping[str, Any]) -> None:
+        torch.set_rng_state(state["torch"].cpu())
+        random.setstate(state["python"])
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+        if "gradients" in state:
+            self._num_window_tokens = state["window_tokens"]
+            self._window_loss = state["window_loss"].to(self.device)
+            for parameter, gradient in zip(self.parameters(), state["gradients"], strict=True):
+                parameter.grad = gradient.to(self.device)
+
+    # ---------------------------------------------------------------- optimizer
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        p = self.hparams
+        decayed = [w for w in self.gpt.parameters() if w.dim() >= 2]
+        others = [w for w in self.gpt.parameters() if w.dim() < 2]
+        groups = [
+            {"params": decayed, "weight_decay": p.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=p.learning_rate,
+            betas=(p.beta1, p.beta2),
+            fused=self.device.type == "cuda",
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _learning_rate_factor(self, step: int) -> float:
+        """Learning rate at an optimizer step, as a share of the peak (nanoGPT's get_lr)."""
+        p = self.hparams
+        last = p.lr_decay_iters or int(self.trainer.estimated_stepping_batches)
+        if step < p.warmup_iters:
+            return (step + 1) / (p.warmup_iters + 1)
+        floor = p.min_lr / p.learning_rate
+        if step >= last:
+            return floor
+        progress = (step - p.warmup_iters) / max(1, last - p.warmup_iters)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of all ranks, in order."""
+    if not torch.distributed.is_initialized():
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states

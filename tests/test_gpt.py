@@ -120,6 +120,21 @@ def test_several_tokens_at_once_after_a_cached_prefix_match_full_forward():
         torch.testing.assert_close(rest, model(ids)[:, 4:])
 
 
+def test_a_cache_laid_out_for_more_rows_and_positions_decodes_as_before():
+    model, prefix, rows = tiny_gpt(), random_ids(2, 4), random_ids(3, 5)
+    owners = [1, 0, 1]  # which cached prefix each row follows
+    cache = KVCache(model.config, batch_size=2, num_positions=4)
+    with torch.no_grad():
+        model(prefix, positions=torch.arange(4).expand(2, 4), cache=cache)
+        wider = cache.resized(owners, 12)
+        at = torch.arange(4, 9).expand(3, 5)
+        logits = model(rows, positions=at, cache=wider.first(9))
+        full = model(torch.cat([prefix[owners], rows], dim=1))
+    torch.testing.assert_close(logits, full[:, 4:])
+    assert wider.first(9).num_positions == 9
+    assert wider.keys[:, :, :, 8].any() and not wider.keys[:, :, :, 9:].any()  # memory is shared
+
+
 def test_a_cache_needs_positions():
     model = tiny_gpt()
     with pytest.raises(AssertionError, match="where the tokens stand"):

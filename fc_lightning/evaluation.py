@@ -7,7 +7,7 @@ a measure means is metrics.py's business, what becomes of the answers report.py'
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,11 +30,16 @@ class Response(Protocol):
 
 
 class Caller(Protocol):
-    """What is evaluated; a FunctionCaller is one."""
+    """What is evaluated: a FunctionCaller, or any other way of answering commands.
+
+    `respond` answers in order, and tells `on_progress` how many more commands are answered.
+    """
 
     @property
     def registry(self) -> Registry: ...
-    def respond(self, commands: Sequence[str], *, constrained: bool) -> Sequence[Response]: ...
+    def respond(
+        self, commands: Sequence[str], *, constrained: bool, on_progress: Callable[[int], object]
+    ) -> Sequence[Response]: ...
 
 
 def evaluate(
@@ -42,7 +47,6 @@ def evaluate(
     rows: Sequence[Row],
     output: Path | None = None,
     *,
-    batch_size: int = 64,
     console: Console | None = None,
 ) -> Report:
     """Answer every row's command twice, constrained and unconstrained, and judge the answers.
@@ -51,18 +55,17 @@ def evaluate(
     on `console`, stderr by default.
 
     Raises:
-        DataError: there are no rows, or some whose expected call is unreadable or unknown to the
-            caller; raised before the model runs, with file and row of each.
-        ValueError: `output` can't be a folder.
+        DataError: there are no rows, or some that can't be evaluated: nothing is said, or the
+            expected call is unreadable or unknown to the caller. Raised before the model runs,
+            with file and row of each.
+        ValueError: `output` can't be a folder, or a command is too long for the model.
     """
     expected = _expected_calls(rows, caller.registry)
     if output is not None:
         _make_folder(output)
     with Progress(console=console or Console(stderr=True)) as progress:
-        starts = range(0, len(rows), batch_size)
-        batches = [(rows[i : i + batch_size], expected[i : i + batch_size]) for i in starts]
         constrained, unconstrained = (
-            _evaluate(caller, batches, constrained=constrained, progress=progress)
+            _evaluate(caller, rows, expected, constrained=constrained, progress=progress)
             for constrained in (True, False)
         )
     report = Report(constrained, unconstrained)
@@ -81,13 +84,15 @@ def _expected_calls(rows: Sequence[Row], registry: Registry) -> list[FunctionCal
             problems.append(f"{row.where}: no readable call")
         elif registry.spec(call.name) is None:
             problems.append(f"{row.where}: calls the unknown function {call.name!r}")
+        elif not row.example.command.strip():
+            problems.append(f"{row.where}: the command is empty")
         else:
             calls.append(call)
     if problems:
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
         listed = "\n".join(f"  {line}" for line in problems[:10] + more)
         raise DataError(
-            f"{len(problems)} of {len(rows)} examples expect no known call;"
+            f"{len(problems)} of {len(rows)} examples can't be evaluated;"
             f" correct or remove them (`doctor` lists all):\n{listed}"
         )
     return calls
@@ -95,25 +100,24 @@ def _expected_calls(rows: Sequence[Row], registry: Registry) -> list[FunctionCal
 
 def _evaluate(
     caller: Caller,
-    batches: Sequence[tuple[Sequence[Row], Sequence[FunctionCall]]],
+    rows: Sequence[Row],
+    expected: Sequence[FunctionCall],
     *,
     constrained: bool,
     progress: Progress,
 ) -> Evaluation:
-    task = progress.add_task(
-        "constrained" if constrained else "unconstrained", total=sum(len(b[0]) for b in batches)
+    task = progress.add_task("constrained" if constrained else "unconstrained", total=len(rows))
+    start = time.perf_counter()
+    responses = caller.respond(
+        [row.example.command for row in rows],
+        constrained=constrained,
+        on_progress=lambda num_more: progress.advance(task, num_more),
     )
-    predictions: list[Prediction] = []
-    metrics, duration_s = CallMetrics(caller.registry), 0.0
-    for rows, expected in batches:
-        start = time.perf_counter()
-        responses = caller.respond([row.example.command for row in rows], constrained=constrained)
-        duration_s += time.perf_counter() - start
-        judged = list(_judge(caller.registry, rows, expected, responses))
-        metrics.update(expected, [p.call for p in judged])
-        predictions += judged
-        progress.advance(task, len(rows))
-    return Evaluation(tuple(predictions), metrics, duration_s)
+    duration_s = time.perf_counter() - start
+    predictions = tuple(_judge(caller.registry, rows, expected, responses))
+    metrics = CallMetrics(caller.registry)
+    metrics.update(expected, [p.call for p in predictions])
+    return Evaluation(predictions, metrics, duration_s)
 
 
 def _judge(

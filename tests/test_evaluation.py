@@ -5,12 +5,15 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from fc_lightning.chat import make_example
+from fc_lightning.caller import FunctionCaller
+from fc_lightning.chat import Example, make_example
 from fc_lightning.dataset import DataError, Row
 from fc_lightning.evaluation import evaluate
 from fc_lightning.functions import FunctionCall, load_registry, render_call
+from fc_lightning.gpt import GPT, GPTConfig
 
 Response = namedtuple("Response", "text confidence")
 LOCK = FunctionCall("lock_doors", {"lock_state": "lock"})
@@ -27,8 +30,9 @@ class ScriptedCaller:
         self.answers = {True: constrained, False: unconstrained or constrained}
         self.asked = []
 
-    def respond(self, commands, *, constrained):
+    def respond(self, commands, *, constrained, on_progress):
         self.asked.append((list(commands), constrained))
+        on_progress(len(commands))
         return [Response(*self.answers[constrained][command]) for command in commands]
 
 
@@ -39,20 +43,16 @@ def rows_of(*pairs):
     ]
 
 
-def run(caller, rows, *args, **options):
-    return evaluate(caller, rows, *args, console=Console(file=io.StringIO()), **options)
+def run(caller, rows, *args):
+    return evaluate(caller, rows, *args, console=Console(file=io.StringIO()))
 
 
-def test_every_command_is_asked_twice_in_batches_and_input_order():
+def test_every_command_is_asked_twice_in_input_order():
     rows = rows_of(("lock it", LOCK), ("unlock it", UNLOCK), ("start", ENGINE))
     caller = ScriptedCaller({row.example.command: ("", 0.5) for row in rows})
-    report = run(caller, rows, batch_size=2)
-    assert caller.asked == [
-        (["lock it", "unlock it"], True),
-        (["start"], True),
-        (["lock it", "unlock it"], False),
-        (["start"], False),
-    ]
+    report = run(caller, rows)
+    commands = ["lock it", "unlock it", "start"]
+    assert caller.asked == [(commands, True), (commands, False)]
     assert [p.row.number for p in report.constrained.predictions] == [0, 1, 2]
 
 
@@ -75,13 +75,15 @@ def test_confidence_is_calibrated_against_call_match():
     assert report.constrained.calibration.threshold_for(1.0).threshold == 1.0
 
 
-def test_a_row_without_a_known_call_is_named_before_anything_is_asked():
+def test_rows_that_cant_be_evaluated_are_named_before_anything_is_asked():
     rows = rows_of(("lock it", LOCK), ("open", FunctionCall("open_roof", {})))
-    rows.append(Row(rows[0].example.__class__("", "", "just talk"), Path("data/b.json"), 7))
+    rows.append(Row(Example("", "", "just talk"), Path("data/b.json"), 7))
+    rows += rows_of((" ", LOCK))
     caller = ScriptedCaller({})
     with pytest.raises(DataError) as error:
         run(caller, rows)
-    assert "2 of 3 examples" in str(error.value)
+    assert "3 of 4 examples" in str(error.value)
+    assert "data/test.json: row 0: the command is empty" in str(error.value)
     assert "data/test.json: row 1: calls the unknown function 'open_roof'" in str(error.value)
     assert "data/b.json: row 7: no readable call" in str(error.value)
     assert caller.asked == []
@@ -117,6 +119,17 @@ def test_the_files_are_written_only_with_an_output(tmp_path):
         "report.html",
         "report.json",
     ]
+
+
+def test_an_untrained_model_writes_only_valid_calls_when_constrained():
+    torch.manual_seed(0)
+    shape = GPTConfig(block_size=512, n_layer=1, n_head=2, n_embd=16, bias=False)
+    commands = [f"turn it up to {i}, don't wait" for i in range(2)]
+    caller = FunctionCaller(GPT(shape), load_registry())
+    report = run(caller, rows_of(*[(command, ENGINE) for command in commands]))
+    assert report.constrained.measures["valid"] == 1
+    assert report.unconstrained.measures["valid"] == 0
+    assert all(0 <= p.confidence <= 1 for p in report.constrained.predictions)
 
 
 def test_progress_is_shown_for_both_ways():

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
+from fc_lightning.calls import FunctionCall, calls_equal, parse_call
 from fc_lightning.chat import decode_response, encode_command
 from fc_lightning.dataset import Batch, FunctionCallDataset
 from fc_lightning.decoding import generate
-from fc_lightning.functions import FunctionCall, Registry, calls_equal, parse_call
+from fc_lightning.functions import Registry
 from fc_lightning.metrics import CallMetrics, confusion_figure, read_call
 
 _HEADLINES = ("call_match", "function_match", "argument_match", "argument_f1", "valid")
@@ -43,7 +44,7 @@ class Prediction(NamedTuple):
     def shown(self) -> str:
         """The predicted call, or the start of what can't be read as one, on one line."""
         if self.predicted is not None:
-            return show_call(self.predicted)
+            return str(self.predicted)
         return f"unreadable: {' '.join(self.text.split())[:200]!r}"
 
 
@@ -136,7 +137,7 @@ def samples_as_text(step: int, predictions: Sequence[Prediction]) -> str:
         mark = "  " if p.is_match else "x "
         lines += [
             f"{mark}Input:     {p.command}",
-            f"{mark}Actual:    {show_call(p.expected)}",
+            f"{mark}Actual:    {p.expected}",
             f"{mark}Predicted: {p.shown}",
             "",
         ]
@@ -149,14 +150,9 @@ def samples_as_markdown(predictions: Sequence[Prediction]) -> str:
     for p in predictions:
         predicted = f"`{_cell(p.shown)}`" if p.is_match else f"**`{_cell(p.shown)}`**"
         mark = "ok" if p.is_match else "**x**"
-        actual = f"`{_cell(show_call(p.expected))}`"
+        actual = f"`{_cell(str(p.expected))}`"
         lines.append(f"| {mark} | {_cell(p.command)} | {actual} | {predicted} |")
     return "\n".join(lines)
-
-
-def show_call(call: FunctionCall) -> str:
-    """A call the way a programmer would write it: set_fan_speed(speed='low')."""
-    return f"{call.name}({', '.join(f'{name}={v!r}' for name, v in call.arguments.items())})"
 
 
 def _cell(text: str) -> str:

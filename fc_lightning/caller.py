@@ -18,17 +18,11 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from fc_lightning.calls import FunctionCall, parse_call, value_key
 from fc_lightning.chat import decode_response, encode_command
 from fc_lightning.checkpoint import load_gpt, load_registry_source
 from fc_lightning.decoding import generate, prefill
-from fc_lightning.functions import (
-    FunctionCall,
-    Registry,
-    load_registry,
-    parse_call,
-    registry_from_source,
-    value_key,
-)
+from fc_lightning.functions import Registry, load_registry, registry_from_source
 from fc_lightning.gpt import GPT
 from fc_lightning.grammar import MAX_TEXT_CHARS, compile_grammar, max_response_tokens
 
@@ -216,7 +210,10 @@ def _without_repeats(value: Any) -> Any:
     """An array's elements once each: the grammar can't see to it where they are free text."""
     if not isinstance(value, list):
         return value
-    return list({value_key(element): element for element in reversed(value)}.values())[::-1]
+    once: dict[Any, Any] = {}
+    for element in value:
+        once.setdefault(value_key(element), element)
+    return list(once.values())
 
 
 def _shared_prompt() -> list[int]:

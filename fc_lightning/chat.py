@@ -1,7 +1,7 @@
 """An example and its token ids: the only place that knows what a prompt looks like.
 
 The sequence is a contract with existing checkpoints; `encode_example` writes it out. What a call
-looks like inside the response is functions.py's business.
+looks like inside the response is calls.py's business.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fc_lightning.functions import FunctionCall, render_call
+from fc_lightning.calls import FunctionCall, render_call
 from fc_lightning.tokenizer import END_OF_PROMPT, END_OF_TEXT, get_encoding
 
 SYSTEM = (

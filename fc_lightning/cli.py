@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls, show_call
+from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls
 from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.datamodule import FunctionCallDataModule
 from fc_lightning.module import FunctionCallModule
@@ -113,7 +113,7 @@ class FunctionCallCLI(LightningCLI):
             console.print(f"{mark} [bold]{p.command}[/]", highlight=False)
             console.print(f"   {p.shown}", style="dim", markup=False, highlight=False)
             if not p.is_match:
-                console.print(f"   should be {show_call(p.expected)}", markup=False, style="dim")
+                console.print(f"   should be {p.expected}", markup=False, style="dim")
         root = Path(self.trainer.default_root_dir)
         console.print(
             f"\nbest checkpoint  {best}\n"

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fc_lightning.calls import FunctionCall, UnreadableCall, parse_call
 from fc_lightning.chat import Example, encode_example
-from fc_lightning.functions import FunctionCall, Registry, UnreadableCall, parse_call
+from fc_lightning.functions import Registry
 from fc_lightning.tokenizer import PAD
 
 

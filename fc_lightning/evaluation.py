@@ -14,8 +14,9 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import Progress
 
+from fc_lightning.calls import FunctionCall
 from fc_lightning.dataset import DataError, Row
-from fc_lightning.functions import FunctionCall, Registry
+from fc_lightning.functions import Registry
 from fc_lightning.metrics import CallMetrics, compare_calls, read_call
 from fc_lightning.report import Evaluation, Prediction, Report
 

@@ -19,16 +19,9 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.tiktoken import lltokenizer_from_encoding
 from torch import Tensor
 
+from fc_lightning.calls import FunctionCall, render_call
 from fc_lightning.chat import RESPONSE_END, RESPONSE_START
-from fc_lightning.functions import (
-    FunctionCall,
-    FunctionSpec,
-    ParameterSpec,
-    Registry,
-    Scalar,
-    Value,
-    render_call,
-)
+from fc_lightning.functions import FunctionSpec, ParameterSpec, Registry, Scalar, Value
 from fc_lightning.tokenizer import END_OF_TEXT, PADDED_VOCAB_SIZE, get_encoding
 
 MAX_TEXT_CHARS = 80  # of a free string; beyond U+07FF a character counts twice

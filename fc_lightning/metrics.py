@@ -18,17 +18,16 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from fc_lightning.functions import (
+from fc_lightning.calls import (
     INCOMPLETE_PREFIX,
     FunctionCall,
-    ParameterSpec,
-    Registry,
     UnreadableCall,
     calls_equal,
     parse_call,
     scalars_equal,
     value_key,
 )
+from fc_lightning.functions import ParameterSpec, Registry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

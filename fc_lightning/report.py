@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fc_lightning.calibration import Calibration, calibrate, calibration_figure
+from fc_lightning.calls import INCOMPLETE_PREFIX, FunctionCall
 from fc_lightning.dataset import Row
-from fc_lightning.functions import INCOMPLETE_PREFIX, FunctionCall
 from fc_lightning.metrics import (
     ERROR_KINDS,
     CallError,
@@ -402,18 +402,14 @@ def _having(evaluation: Evaluation, kind: str) -> Iterator[tuple[Prediction, Cal
 
 
 def _example_row(prediction: Prediction, error: CallError) -> tuple[str, ...]:
-    predicted = _call_text(prediction.call) if prediction.call else prediction.text
+    predicted = str(prediction.call) if prediction.call else prediction.text
     return (
         prediction.row.example.command,
-        _call_text(prediction.expected),
+        str(prediction.expected),
         predicted,
         error.argument or "",
         f"{prediction.confidence:.2f}",
     )
-
-
-def _call_text(call: FunctionCall) -> str:
-    return f"{call.name}({', '.join(f'{name}={v!r}' for name, v in call.arguments.items())})"
 
 
 def _svg(figure: Figure) -> str:

@@ -21,14 +21,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from fc_lightning.calls import INCOMPLETE_PREFIX, FunctionCall
 from fc_lightning.chat import Example, make_example
-from fc_lightning.functions import (
-    INCOMPLETE_PREFIX,
-    FunctionCall,
-    ParameterSpec,
-    Registry,
-    RegistryError,
-)
+from fc_lightning.functions import ParameterSpec, Registry, RegistryError
 from fc_lightning.sentences import (
     NUMBER,
     WORDS,

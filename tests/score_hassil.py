@@ -20,14 +20,9 @@ from typing import Any
 from hassil import Intents, recognize_best
 from hassil.recognize import RecognizeResult
 
+from fc_lightning.calls import INCOMPLETE_PREFIX, FunctionCall, calls_equal
 from fc_lightning.dataset import Row, expected_call, read_rows
-from fc_lightning.functions import (
-    INCOMPLETE_PREFIX,
-    FunctionCall,
-    Registry,
-    calls_equal,
-    load_registry,
-)
+from fc_lightning.functions import Registry, load_registry
 
 TIME_LIMIT_S = 10
 

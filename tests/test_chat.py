@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fc_lightning.calls import FunctionCall, parse_call
 from fc_lightning.chat import (
     RESPONSE_END,
     SYSTEM,
@@ -15,7 +16,6 @@ from fc_lightning.chat import (
     encode_prompt,
     make_example,
 )
-from fc_lightning.functions import FunctionCall, parse_call
 from fc_lightning.tokenizer import END_OF_PROMPT, END_OF_TEXT, get_encoding
 
 TEXTS = st.text(max_size=60)

@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 
 from fc_lightning.caller import FunctionCaller
+from fc_lightning.calls import FunctionCall, render_call
 from fc_lightning.chat import Example, make_example
 from fc_lightning.dataset import DataError, Row
 from fc_lightning.evaluation import evaluate
-from fc_lightning.functions import FunctionCall, load_registry, render_call
+from fc_lightning.functions import load_registry
 from fc_lightning.gpt import GPT, GPTConfig
 
 Response = namedtuple("Response", "text confidence")

@@ -9,19 +9,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fc_lightning.functions import (
+from fc_lightning.calls import (
     INCOMPLETE_PREFIX,
     FunctionCall,
-    RegistryError,
     UnreadableCall,
     calls_equal,
-    load_registry,
     parse_call,
-    registry_from_source,
     render_call,
     value_key,
     values_equal,
 )
+from fc_lightning.functions import RegistryError, load_registry, registry_from_source
 
 VEHICLE = load_registry()
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from naive_scorer import naive_errors, naive_measures, naive_shared, naive_valid, random_pairs
 
-from fc_lightning.functions import FunctionCall, load_registry, render_call
+from fc_lightning.calls import FunctionCall, render_call
+from fc_lightning.functions import load_registry
 from fc_lightning.metrics import (
     ERROR_KINDS,
     CallError,

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fc_lightning.calls import FunctionCall, render_call
 from fc_lightning.chat import make_example
 from fc_lightning.dataset import Row
-from fc_lightning.functions import FunctionCall, load_registry, render_call
+from fc_lightning.functions import load_registry
 from fc_lightning.metrics import ERROR_KINDS, CallMetrics, compare_calls, read_call
 from fc_lightning.report import MEANINGS, Evaluation, Prediction, Report, html_page
 

@@ -8,15 +8,9 @@ from collections import Counter
 
 import pytest
 
+from fc_lightning.calls import FunctionCall, parse_call
 from fc_lightning.chat import Example
-from fc_lightning.functions import (
-    FunctionCall,
-    Registry,
-    RegistryError,
-    load_registry,
-    parse_call,
-    registry_from_source,
-)
+from fc_lightning.functions import Registry, RegistryError, load_registry, registry_from_source
 from fc_lightning.sentences import compile_groups
 from fc_lightning.synthesis import ANY_TEXT, NOT_SAID, coverage, synthesize, write_data_folder
 

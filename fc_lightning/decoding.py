@@ -118,15 +118,16 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    allow: Allow | None = None,
+    allow: Allow | Sequence[Allow] | None = None,
     prefix: Prefix | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[Generation]:
     """Continue each prompt (token ids) until END_OF_TEXT, all of them in one batch.
 
-    Greedy at temperature 0, else sampled with `generator` (on the model's device). A `prefix` from
-    `prefill` spares its tokens; rows that begin otherwise are still decoded right.
+    Greedy at temperature 0, else sampled with `generator` (on the model's device). `allow` is for
+    all rows or a sequence with one for each. A `prefix` from `prefill` spares its tokens; rows
+    that begin otherwise are still decoded right.
 
     Raises:
         ValueError: a prompt is empty, or prompt and response may not fit into the model.
@@ -135,9 +136,10 @@ def generate(
         return []
     _check_lengths(prompts, max_new_tokens, model.config.block_size)
     num_shared = min(_num_shared(prompt, prefix) for prompt in prompts)
+    allows = allow if isinstance(allow, Sequence) else [allow or Anything()] * len(prompts)
     rows = [
-        _Row(place, list(prompt), len(prompt), num_shared, allow or Anything())
-        for place, prompt in enumerate(prompts)
+        _Row(place, list(prompt), len(prompt), num_shared, allowing)
+        for place, (prompt, allowing) in enumerate(zip(prompts, allows, strict=True))
     ]
     for row in rows:
         row.extend(row.allow.forced, max_new_tokens)

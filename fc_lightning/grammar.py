@@ -29,6 +29,7 @@ _LETTER = r"[^'\"\\\p{C}\p{Z}]"  # what repr writes as it is, but for the space
 _NARROW = r"[^'\"\\\p{C}\p{Z}\u{800}-\u{10FFFF}]"  # and takes two tokens at most
 _MAX_ITEMS = 8  # of an array without enum
 _SPARE_TOKENS = 8  # END_OF_TEXT, and what neighbours may cost each other at their seam
+_FEW = 64  # ways of a word that are looked into; more are found in numbers and free text only
 _MANY = 256  # from so many allowed ids on, a mask is cheaper than a list
 
 
@@ -43,16 +44,19 @@ class Place:
     string any token of the text is allowed.
     """
 
-    def __init__(self, matcher: LLMatcher, ids: list[int]) -> None:
-        self.forced, self.allowed = _advance(matcher, ids)
-        self._matcher, self._ids = matcher, [*ids, *self.forced]
+    def __init__(self, matcher: LLMatcher, ids: list[int], text_end: int) -> None:
+        """The place after `ids`, the last `text_end` of which stand in or before free text."""
+        self.forced, self.allowed = _advance(matcher, ids, text_end)
+        self._matcher, self._ids, self._text_end = matcher, [*ids, *self.forced], text_end
         self._next: dict[int, Place] = {}
 
     def after(self, token: int) -> Place:
         """The place that an allowed token leads to; remembered unless inside a free string."""
         if (place := self._next.get(token)) is None:
-            place = Place(_consume(self._matcher.deep_copy(), [token]), [*self._ids, token])
-            if self.allowed.dtype != torch.bool:
+            is_text, ids = self.allowed.dtype == torch.bool, [*self._ids, token]
+            matcher = _consume(self._matcher.deep_copy(), [token])
+            place = Place(matcher, ids, len(ids) if is_text else self._text_end)
+            if not is_text:
                 self._next[token] = place
         return place
 
@@ -65,7 +69,7 @@ def compile_grammar(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS)
     """
     matcher = LLMatcher(_tokenizer(), write_grammar(registry, max_text_chars=max_text_chars))
     _check(matcher)
-    return Place(matcher, [])
+    return Place(matcher, [], text_end=0)
 
 
 def max_response_tokens(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS) -> int:
@@ -76,13 +80,8 @@ def max_response_tokens(registry: Registry, *, max_text_chars: int = MAX_TEXT_CH
         assert spec is not None, name
         values = {p.name: _longest(p) for p in spec.parameters}
         response = f"{RESPONSE_START}{render_call(FunctionCall(name, values))}{RESPONSE_END}"
-        num_texts = sum(
-            (_MAX_ITEMS if p.type == "array" else 1)
-            for p in spec.parameters
-            if "string" in (p.type, p.item_type) and not p.enum
-        )
-        num_tokens = len(encoding.encode_ordinary(response)) + 3 * max_text_chars * num_texts
-        longest = max(longest, num_tokens)
+        free = 3 * max_text_chars * sum(map(_num_free_texts, spec.parameters))
+        longest = max(longest, len(encoding.encode_ordinary(response)) + free)
     return longest + _SPARE_TOKENS
 
 
@@ -93,11 +92,20 @@ def _longest(parameter: ParameterSpec) -> Value:
     return _longest_scalar(parameter)
 
 
+def _num_free_texts(parameter: ParameterSpec) -> int:
+    if parameter.enum or "string" not in (parameter.type, parameter.item_type):
+        return 0
+    return _MAX_ITEMS if parameter.type == "array" else 1
+
+
 def _longest_scalar(parameter: ParameterSpec) -> Scalar:
     if parameter.enum:
         return max(parameter.enum, key=lambda v: len(get_encoding().encode_ordinary(repr(v))))
     kind = parameter.item_type or parameter.type
-    return "" if kind == "string" else False if kind == "boolean" else -123456789.25
+    if kind == "boolean":
+        return False
+    # Thirteen letters, as a number may be written; each letter may be a token of its own.
+    return "" if kind == "string" else " 1 2 3 4 5 6 7 8 9 0 1 2 3"
 
 
 @functools.cache
@@ -107,16 +115,21 @@ def _tokenizer() -> LLTokenizer:
     return lltokenizer_from_encoding(get_encoding(), n_vocab=PADDED_VOCAB_SIZE, slices=slices)
 
 
-def _advance(matcher: LLMatcher, ids: list[int]) -> tuple[list[int], Tensor]:
+def _advance(matcher: LLMatcher, ids: list[int], text_end: int) -> tuple[list[int], Tensor]:
     """Consume what is forced; the forced ids, and the ids (K,) or mask (V,) allowed then."""
     forced: list[int] = []
     while not matcher.is_stopped():
         run = matcher.compute_ff_tokens()
         if not run:
-            choices, mask = _allowed(matcher)
-            if not choices:
+            mask = _mask(matcher)
+            if np.count_nonzero(mask) > _MANY:
                 return forced, torch.from_numpy(mask.copy())
-            run = _canonical(matcher, [*ids, *forced], choices)
+            choices = mask.nonzero()[0].tolist()
+            run = [
+                token
+                for token in choices
+                if _may_be_canonical(matcher, [*ids, *forced], token, text_end)
+            ] or choices
             if len(run) > 1:
                 return forced, torch.tensor(run)
         _consume(matcher, run)
@@ -124,30 +137,27 @@ def _advance(matcher: LLMatcher, ids: list[int]) -> tuple[list[int], Tensor]:
     return [*forced, END_OF_TEXT], torch.tensor([], dtype=torch.long)
 
 
-def _canonical(matcher: LLMatcher, ids: list[int], choices: list[int]) -> list[int]:
-    """Those choices with which the training tokenisation of some response goes on."""
-    return [
-        token
-        for token in choices
-        if _may_be_canonical(_consume(matcher.deep_copy(), [token]), [*ids, token])
-    ]
+def _may_be_canonical(matcher: LLMatcher, ids: list[int], token: int, text_end: int) -> bool:
+    """Whether the training tokenisation of some response goes on with `token` after `ids`.
 
-
-def _may_be_canonical(matcher: LLMatcher, ids: list[int]) -> bool:
-    """Whether tokenising some response that starts with the text of `ids` gives these ids.
-
-    Sure as soon as the bytes forced from here reach into the next word: tokens never span two.
+    Sure as soon as the bytes forced from there reach into the next word: tokens never span two.
+    A model may have cut free text in a way of its own, so what follows is also judged by itself.
     """
-    text = get_encoding().decode_bytes(ids)
+    matcher, ids = _consume(matcher.deep_copy(), [token]), [*ids, token]
     ahead = matcher.compute_ff_bytes()
-    if _is_settled(text, ahead) or matcher.is_stopped():
-        whole = (text + ahead).decode(errors="ignore")  # may end within a character
-        return get_encoding().encode_ordinary(whole)[: len(ids)] == ids
-    choices, _ = _allowed(matcher)
-    return not choices or any(
-        _may_be_canonical(_consume(matcher.deep_copy(), [token]), [*ids, token])
-        for token in choices
+    if matcher.is_stopped() or _is_settled(get_encoding().decode_bytes(ids), ahead):
+        return any(_is_start(ids[start:], ahead) for start in {0, text_end})
+    choices = _mask(matcher).nonzero()[0]
+    return len(choices) > _FEW or any(
+        _may_be_canonical(matcher, ids, choice, text_end) for choice in choices.tolist()
     )
+
+
+def _is_start(ids: list[int], ahead: bytes) -> bool:
+    """Whether tokenising the text of `ids` and what is ahead begins with `ids`."""
+    text = get_encoding().decode_bytes(ids) + ahead
+    whole = text.decode(errors="ignore")  # it may end within a character
+    return get_encoding().encode_ordinary(whole)[: len(ids)] == ids
 
 
 def _is_settled(text: bytes, ahead: bytes) -> bool:
@@ -161,10 +171,9 @@ def _kind(letter: str) -> str:
     return next((k for k in ("isalpha", "isnumeric", "isspace") if getattr(letter, k)()), "mark")
 
 
-def _allowed(matcher: LLMatcher) -> tuple[list[int], np.ndarray]:
-    """The ids allowed next, empty where they are many, and the same as a mask (V,)."""
-    mask = np.frombuffer(matcher.compute_logit_bias(), dtype=np.bool_)
-    return (mask.nonzero()[0].tolist() if np.count_nonzero(mask) <= _MANY else []), mask
+def _mask(matcher: LLMatcher) -> np.ndarray:
+    """Which ids are allowed next, (V,)."""
+    return np.frombuffer(matcher.compute_logit_bias(), dtype=np.bool_)
 
 
 def _consume(matcher: LLMatcher, ids: list[int]) -> LLMatcher:
@@ -262,7 +271,7 @@ def _scalar(parameter: ParameterSpec, kind: str) -> str:
         return " | ".join(_literal(_written(v)) for v in (True, False))
     if kind == "string":
         return "text"
-    pattern = _number(parameter.minimum, parameter.maximum, is_integer=kind == "integer")
+    pattern = number_pattern(parameter.minimum, parameter.maximum, is_integer=kind == "integer")
     if not pattern:
         raise ValueError(
             f"{parameter.name}: no {kind} lies between {parameter.minimum} and {parameter.maximum}"
@@ -293,7 +302,7 @@ def _text_rules(max_chars: int) -> Iterator[str]:
     yield f"text: {' | '.join(map('_'.join, names))}"
 
 
-def _number(minimum: float | None, maximum: float | None, *, is_integer: bool) -> str:
+def number_pattern(minimum: float | None, maximum: float | None, *, is_integer: bool) -> str:
     """A regex for the numbers within bounds: whole, or else with up to two decimals.
 
     Without a bound, up to nine digits. Empty if there is no such number.
@@ -317,7 +326,9 @@ def _magnitudes(low: float, high: float, is_integer: bool) -> Iterator[str]:
         return
     if first < last:
         yield rf"({_integers(first, last - 1)})\.[0-9]?[1-9]"
-    for whole in {math.floor(low), last} - set(range(first, last)):
+    for whole in sorted({math.floor(low), last}):
+        if whole in range(first, last):
+            continue
         hundredths = range(whole * 100 + 1, whole * 100 + 100)
         yield from (rf"{n / 100}".replace(".", r"\.") for n in hundredths if low <= n / 100 <= high)
 

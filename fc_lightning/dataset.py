@@ -53,7 +53,7 @@ def find_files(folder: Path, kind: str) -> list[Path]:
         DataError: no such folder, or no such file in it.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; set data.fc_data_dir to a folder of JSON files")
+        raise DataError(f"{folder}: no such folder; name one that holds JSON files of examples")
     files = sorted(path for path in folder.glob("*.json") if kind in path.name)
     if not files:
         raise DataError(f"{folder}: no *.json file with {kind!r} in its name")
@@ -68,10 +68,19 @@ def read_rows(path: str | Path, kind: str = "") -> list[Row]:
     """
     path = Path(path)
     files = [path] if path.is_file() else find_files(path, kind)
-    return [row for file in files for row in _read_file(file)]
+    return [
+        Row(read_example(entry, f"{file}: row {number}"), file, number)
+        for file in files
+        for number, entry in enumerate(read_entries(file))
+    ]
 
 
-def _read_file(file: Path) -> Iterator[Row]:
+def read_entries(file: Path) -> list[object]:
+    """The entries of a file, whatever they are; `read_example` makes an example of one.
+
+    Raises:
+        DataError: the file holds no JSON list, or an empty one.
+    """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -82,11 +91,15 @@ def _read_file(file: Path) -> Iterator[Row]:
         raise DataError(f"{file}: must be a JSON list of examples, not a {type(entries).__name__}")
     if not entries:
         raise DataError(f"{file}: holds no example")
-    for number, entry in enumerate(entries):
-        yield Row(_read_example(entry, f"{file}: row {number}"), file, number)
+    return entries
 
 
-def _read_example(entry: object, where: str) -> Example:
+def read_example(entry: object, where: str) -> Example:
+    """The example that an entry of a file is; `where` opens the message if it is none.
+
+    Raises:
+        DataError: other keys than the three strings, or an empty response.
+    """
     keys = {"system", "user", "assistant"}
     if not isinstance(entry, dict) or entry.keys() != keys:
         found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__

@@ -84,8 +84,11 @@ def write_data_folder(
     num_examples: int = 25_000,
     seed: int = 0,
     incomplete_share: float = 0.125,
-) -> None:
-    """Write fc_train.json and fc_test.json into `output`; on any failure it is left as it was."""
+) -> SyntheticData:
+    """Write fc_train.json and fc_test.json into `output`, and return what they hold.
+
+    On any failure the folder is left as it was.
+    """
     examples = synthesize(
         registry, num_examples=num_examples, seed=seed, incomplete_share=incomplete_share
     )
@@ -100,6 +103,7 @@ def write_data_folder(
             os.replace(path, output / path.name)
     finally:
         shutil.rmtree(unfinished)
+    return examples
 
 
 NOT_SAID = "(not said)"
@@ -123,6 +127,17 @@ def coverage(registry: Registry, calls: Iterable[FunctionCall]) -> dict[tuple[st
         if spec and not spec.parameters:
             counts[call.name, "", ""] += 1
     return dict(counts)
+
+
+def never_said(
+    registry: Registry, calls: Iterable[FunctionCall]
+) -> dict[tuple[str, str], list[str]]:
+    """What `coverage` counts 0: values by call name and argument, in schema order."""
+    unsaid: dict[tuple[str, str], list[str]] = {}
+    for (name, argument, value), count in coverage(registry, calls).items():
+        if not count:
+            unsaid.setdefault((name, argument), []).append(value)
+    return unsaid
 
 
 def _possible_rows(registry: Registry) -> list[tuple[str, str, str]]:

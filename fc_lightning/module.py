@@ -1,4 +1,4 @@
-"""The LightningModule: a GPT, its masked loss, AdamW and warmup-cosine.
+"""The LightningModule: a GPT, its masked loss, its optimizer and learning rate schedule.
 
 Gradients are exact: a step over several micro-batches and ranks has the gradient of one batch
 with all their rows, averaged over trained tokens. Data, sampling and metrics live elsewhere.
@@ -9,11 +9,12 @@ Shapes: see dataset.Batch. B rows, T tokens a row, C width, V vocabulary, N trai
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import random
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -24,11 +25,12 @@ from fc_lightning.checkpoint import CheckpointError, load_gpt
 from fc_lightning.dataset import Batch
 from fc_lightning.gpt import GPT, GPTConfig
 from fc_lightning.loss import head_cross_entropy_sum
+from fc_lightning.optimizers import MuonAdamW, param_groups
 from fc_lightning.tokenizer import NUM_TOKENS
 
 
 class FunctionCallModule(L.LightningModule):
-    """Fine-tunes a GPT on (command, call) rows.
+    """Trains a GPT on whatever a `Batch` holds: (command, call) rows, or windows of text.
 
     Args:
         pretrained_dir: a nanoGPT ckpt.pt or its folder, a Hugging Face GPT-2 folder, or a
@@ -37,12 +39,21 @@ class FunctionCallModule(L.LightningModule):
             only block_size counts, which crops it.
         learning_rate, min_lr: peak and final learning rate.
         warmup_iters: optimizer steps of linear warmup.
-        lr_decay_iters: optimizer step at which the cosine reaches min_lr; None for the whole run.
+        lr_decay_iters: optimizer step at which min_lr is reached; None for the whole run.
+        lr_schedule: after the warmup a "cosine", or a "trapezoid": half of it flat, then linear.
         weight_decay: on matrices and embeddings, as nanoGPT has it; none on biases and norms.
         beta1, beta2: AdamW's.
+        optimizer: "adamw" for all weights, or "muon" for the matrices of the blocks: better from
+            random weights, seldom worth it after.
+        muon_lr: Muon's peak learning rate; it follows the same schedule.
         dropout: probability, wherever GPT-2 has it.
-        compile: run the training network through torch.compile.
+        compile: run the training network through torch.compile (a minute, once; needs a C++
+            compiler, or Triton on a GPU). Evaluation stays as it is.
     """
+
+    hparams: Any  # Lightning types it as a mapping without attributes
+    _window_loss: Tensor
+    _num_window_tokens: int
 
     def __init__(
         self,
@@ -56,6 +67,9 @@ class FunctionCallModule(L.LightningModule):
         beta2: float = 0.95,
         dropout: float = 0.2,
         compile: bool = False,
+        lr_schedule: Literal["cosine", "trapezoid"] = "cosine",
+        optimizer: Literal["adamw", "muon"] = "adamw",
+        muon_lr: float = 0.02,
         n_layer: int = 8,
         n_head: int = 8,
         n_embd: int = 256,
@@ -92,10 +106,12 @@ class FunctionCallModule(L.LightningModule):
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the trained tokens of a batch, in nats, ()."""
+        # Functions that take the model, since a checkpoint may replace it.
+        run = _compiled if self.training and self.hparams.compile else _as_it_is
         if batch.prefix.numel():
-            hidden = self.gpt.hidden_states_after(batch.prefix, batch.ids)  # (B, T, C)
+            hidden = run(GPT.hidden_states_after)(self.gpt, batch.prefix, batch.ids)  # (B, T, C)
         else:
-            hidden = self.gpt.hidden_states(batch.ids)
+            hidden = run(GPT.hidden_states)(self.gpt, batch.ids)
         trained = hidden.flatten(0, 1).index_select(0, batch.trained_at)  # (N, C)
         return head_cross_entropy_sum(trained, self.gpt.lm_head.weight, batch.targets)
 
@@ -163,15 +179,18 @@ class FunctionCallModule(L.LightningModule):
             self.gpt = GPT(shape)
         ranks = checkpoint["ranks"]
         self._resume_from = ranks[self.global_rank] if self.global_rank < len(ranks) else None
-        p = self.hparams
+        fresh = self._param_groups()
         for state in checkpoint.get("optimizer_states", []):
-            for group, weight_decay in zip(
-                state["param_groups"], (p.weight_decay, 0.0), strict=True
-            ):
-                group["betas"] = (p.beta1, p.beta2)
-                group.update(initial_lr=p.learning_rate, weight_decay=weight_decay)
+            if len(state["param_groups"]) != len(fresh):
+                raise CheckpointError(
+                    f"this .ckpt was not trained with model.optimizer {self.hparams.optimizer!r}; "
+                    "resume with its own, or start anew with model.pretrained_dir"
+                )
+            for group, said in zip(state["param_groups"], fresh, strict=True):
+                group.update({k: v for k, v in said.items() if k not in ("params", "lr")})
+                group["initial_lr"] = said["lr"]
         for state in checkpoint.get("lr_schedulers", []):
-            state["base_lrs"] = [p.learning_rate] * len(state["base_lrs"])
+            state["base_lrs"] = [said["lr"] for said in fresh]
 
     def _run_state(self) -> dict[str, Any]:
         """What this rank alone knows: random states, and an accumulation window half done."""
@@ -197,20 +216,21 @@ class FunctionCallModule(L.LightningModule):
 
     # ---------------------------------------------------------------- optimizer
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def _param_groups(self) -> list[dict[str, Any]]:
         p = self.hparams
-        decayed = [w for w in self.gpt.parameters() if w.dim() >= 2]
-        others = [w for w in self.gpt.parameters() if w.dim() < 2]
-        groups = [
-            {"params": decayed, "weight_decay": p.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=p.learning_rate,
+        return param_groups(
+            self.gpt,
+            learning_rate=p.learning_rate,
             betas=(p.beta1, p.beta2),
-            fused=self.device.type == "cuda",
+            weight_decay=p.weight_decay,
+            muon_lr=p.muon_lr if p.optimizer == "muon" else None,
         )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer_class = MuonAdamW if self.hparams.optimizer == "muon" else torch.optim.AdamW
+        # A fused AdamW unscales fp16 gradients itself, and Lightning then refuses to clip them.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer = optimizer_class(self._param_groups(), fused=fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         return {
             "optimizer": optimizer,
@@ -218,7 +238,10 @@ class FunctionCallModule(L.LightningModule):
         }
 
     def _learning_rate_factor(self, step: int) -> float:
-        """Learning rate at an optimizer step, as a share of the peak (nanoGPT's get_lr)."""
+        """Learning rate at an optimizer step, as a share of the peak (nanoGPT's get_lr).
+
+        The same share for all groups, so that Muon's rate follows AdamW's.
+        """
         p = self.hparams
         last = p.lr_decay_iters or int(self.trainer.estimated_stepping_batches)
         if step < p.warmup_iters:
@@ -227,7 +250,19 @@ class FunctionCallModule(L.LightningModule):
         if step >= last:
             return floor
         progress = (step - p.warmup_iters) / max(1, last - p.warmup_iters)
+        if p.lr_schedule == "trapezoid":
+            return floor + (1 - floor) * min(1.0, 2 - 2 * progress)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Static for the first shapes it meets; if others follow, once more for any of them."""
+    return torch.compile(function, fullgraph=True)
+
+
+def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
 
 
 def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:

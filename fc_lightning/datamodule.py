@@ -23,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from fc_lightning.chat import render_response
 from fc_lightning.dataset import (
-    Batch,
     DataError,
     FunctionCallDataset,
     LengthBatchSampler,
@@ -120,13 +119,6 @@ class FunctionCallDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> ResumableDataLoader:
         return self._loader(self.val_set, shuffle=False)
-
-    def transfer_batch_to_device(self, batch: Batch, device, dataloader_idx: int) -> Batch:
-        tensors = {
-            name: getattr(batch, name).to(device, non_blocking=True)
-            for name in ("prefix", "ids", "trained_at", "targets")
-        }
-        return batch._replace(**tensors)
 
     def _encode(self, rows: Sequence[Row]) -> FunctionCallDataset:
         calls = [expected_call(row, self.registry) for row in rows]

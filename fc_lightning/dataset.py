@@ -154,6 +154,11 @@ class Batch(NamedTuple):
         """Input tokens of all rows, each with its prefix; padding is none."""
         return sum(self.lengths) + len(self.prefix) * len(self.rows)
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on another device; Lightning calls this."""
+        prefix, ids, trained_at, targets = (t.to(device, non_blocking=True) for t in self[:4])
+        return self._replace(prefix=prefix, ids=ids, trained_at=trained_at, targets=targets)
+
     @property
     def is_trained(self) -> Tensor:
         """Whether the token after each position is trained, (B, T)."""
@@ -291,9 +296,7 @@ class ResumableDataLoader(DataLoader[Batch]):
     out, so what workers have prepared in advance is not lost.
     """
 
-    def __init__(
-        self, dataset: FunctionCallDataset, sampler: LengthBatchSampler, **options
-    ) -> None:
+    def __init__(self, dataset: Dataset[Batch], sampler: LengthBatchSampler, **options) -> None:
         # One index of this "dataset" is a whole batch, so the batch sampler samples "rows".
         super().__init__(
             dataset,

@@ -25,10 +25,10 @@ from fc_lightning.chat import render_response
 from fc_lightning.dataset import (
     DataError,
     FunctionCallDataset,
-    LengthBatchSampler,
     ResumableDataLoader,
     Row,
     expected_call,
+    make_loader,
     read_rows,
 )
 from fc_lightning.functions import Registry, load_registry
@@ -156,25 +156,12 @@ class FunctionCallDataModule(L.LightningDataModule):
     def _loader(self, dataset: FunctionCallDataset | None, *, shuffle: bool) -> ResumableDataLoader:
         if dataset is None:
             raise RuntimeError("call setup() before asking for a data loader")
-        trainer = self.trainer
-        num_ranks, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        if num_ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                "pass Trainer(use_distributed_sampler=False): this data module shares rows out "
-                "over the ranks itself, without repeating any"
-            )
-        order = LengthBatchSampler(
+        return make_loader(
+            dataset,
             dataset.lengths,
+            trainer=self.trainer,
             batch_size=self.batch_size,
             seed=self.seed,
             shuffle=shuffle,
-            num_ranks=num_ranks,
-            rank=rank,
-        )
-        return ResumableDataLoader(
-            dataset,
-            order,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -329,3 +329,41 @@ class ResumableDataLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.order.epoch, self.num_yielded = state["epoch"], state["num_yielded"]
         self.is_resumed = True
+
+
+def make_loader(
+    dataset: Dataset[Batch],
+    lengths: np.ndarray,
+    *,
+    trainer: Any,
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    num_workers: int,
+) -> ResumableDataLoader:
+    """A loader of this rank's share of batches; `trainer`, if there is one, says which rank.
+
+    Raises:
+        ValueError: the Trainer would share rows out a second time.
+    """
+    num_ranks, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+    if num_ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise ValueError(
+            "pass Trainer(use_distributed_sampler=False): this data module shares rows out "
+            "over the ranks itself, without repeating any"
+        )
+    order = LengthBatchSampler(
+        lengths,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        num_ranks=num_ranks,
+        rank=rank,
+    )
+    return ResumableDataLoader(
+        dataset,
+        order,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 USAGE = """\
@@ -30,6 +31,10 @@ def main(args: list[str] | None = None) -> None:
             from fc_lightning import commands
 
             commands.main(args)
+    except BrokenPipeError:
+        # Whoever read the output (head, less) has gone; nothing is left to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         # What users can mend is raised as ValueError with the words they need.
         print(f"fc_lightning {args[0]}: {error}", file=sys.stderr)

@@ -106,7 +106,7 @@ class SampleCalls(L.Callback):
         batch_idx: int,
     ) -> None:
         step = trainer.global_step
-        if step == self._last_step or step % self.sample_interval:
+        if step == self._last_step or step % self.sample_interval or not _has_calls(trainer):
             return
         self._last_step = step
         data = trainer.datamodule
@@ -184,6 +184,8 @@ class ValidateCalls(L.Callback):
     def _score(
         self, trainer: L.Trainer, module: L.LightningModule, stage: str, num_examples: int | None
     ) -> None:
+        if not _has_calls(trainer):
+            return
         dataset = trainer.datamodule.val_set
         num_rows = len(dataset) if num_examples is None else min(num_examples, len(dataset))
         if not num_rows:
@@ -288,6 +290,11 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _has_calls(trainer: L.Trainer) -> bool:
+    """Whether the data are commands and their calls; of plain text there is nothing to call."""
+    return hasattr(trainer.datamodule, "registry")
 
 
 def _share(rows: list[int], trainer: L.Trainer) -> list[int]:

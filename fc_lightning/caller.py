@@ -24,9 +24,10 @@ from fc_lightning.checkpoint import load_gpt, load_registry_source
 from fc_lightning.decoding import generate, prefill
 from fc_lightning.functions import Registry, load_registry, registry_from_source
 from fc_lightning.gpt import GPT
-from fc_lightning.grammar import MAX_TEXT_CHARS, compile_grammar, max_response_tokens
+from fc_lightning.grammar import MAX_TEXT_TOKENS, compile_grammar, max_response_tokens
 
-_MIN_PROMPT_TOKENS = 128  # what a response must leave free; prompts take about 75
+_MIN_PROMPT_TOKENS = 96  # what a response must leave free; prompts take about 75
+_MIN_TEXT_TOKENS = 24
 
 
 class IncompleteCall(ValueError):
@@ -66,11 +67,11 @@ class FunctionCaller:
             ValueError: the model has too few positions for a prompt and a call.
         """
         self.model, self.registry = model.eval(), registry
-        max_text_chars = _max_text_chars(registry, model.config.block_size)
-        self._max_new_tokens = max_response_tokens(registry, max_text_chars=max_text_chars)
-        self._grammar = compile_grammar(registry, max_text_chars=max_text_chars)
+        max_text_tokens = _max_text_tokens(registry, model.config.block_size)
+        self._max_new_tokens = max_response_tokens(registry, max_text_tokens=max_text_tokens)
+        self._grammar = compile_grammar(registry, max_text_tokens=max_text_tokens)
         self._prefix = prefill(model, _shared_prompt())
-        is_gpu = model.lm_head.weight.is_cuda
+        is_gpu = model.transformer.wte.weight.is_cuda
         self._batch_size = batch_size or (512 if is_gpu else 64)
 
     @classmethod
@@ -185,18 +186,15 @@ class FunctionCaller:
 
 
 def quantize_int8(model: GPT) -> GPT:
-    """The model with the blocks' weights in int8, by output channel; CPU only, in place.
+    """The model with every matrix in int8, scaled by output channel; CPU only, in place.
 
-    Activations are quantized on the fly, one scale for all that is fed at once. Embeddings and the
-    vocabulary head, of which few rows are read, stay as they are.
+    Activations are quantized on the fly, one scale for all that is fed at once. The embeddings
+    stay as they are, and serve as the vocabulary head where only few of its rows are needed.
     """
     with warnings.catch_warnings():  # torch announces that torchao will replace this some day
         warnings.simplefilter("ignore")
-        torch.ao.quantization.quantize_dynamic(
-            model.transformer.h,
-            {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig},
-            inplace=True,
-        )
+        matrices = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+        torch.ao.quantization.quantize_dynamic(model, matrices, inplace=True)
     return model
 
 
@@ -222,15 +220,15 @@ def _shared_prompt() -> list[int]:
     return [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
-def _max_text_chars(registry: Registry, block_size: int) -> int:
-    """How long a free string may be so that prompt and response fit into the model."""
-    for max_text_chars in (MAX_TEXT_CHARS, 64, 48, 32, 16, 8):
-        needed = max_response_tokens(registry, max_text_chars=max_text_chars) + _MIN_PROMPT_TOKENS
+def _max_text_tokens(registry: Registry, block_size: int) -> int:
+    """How many tokens a free string may take so that prompt and response fit into the model."""
+    for most in range(MAX_TEXT_TOKENS, _MIN_TEXT_TOKENS - 1, -8):
+        needed = _MIN_PROMPT_TOKENS + max_response_tokens(registry, max_text_tokens=most)
         if needed <= block_size:
-            return max_text_chars
+            return most
     raise ValueError(
-        f"the model's {block_size} positions are too few: a prompt and the longest call of these "
-        f"functions need {needed}; train one with a larger block_size"
+        f"the model's {block_size} positions are too few: a prompt and the longest call of "
+        f"these functions need {needed}; train one with a larger block_size"
     )
 
 

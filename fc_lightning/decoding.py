@@ -101,7 +101,7 @@ class _Row:
 @torch.inference_mode()
 def prefill(model: GPT, ids: Sequence[int]) -> Prefix:
     """Put the shared beginning of many prompts through the network, once for all of them."""
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    device, dtype = model.transformer.wte.weight.device, model.transformer.wte.weight.dtype
     if torch.is_autocast_enabled(device.type):  # keys and values then come in its precision
         dtype = torch.get_autocast_dtype(device.type)
     cache = KVCache(model.config, 1, len(ids), device=device, dtype=dtype)
@@ -151,10 +151,8 @@ def generate(
         rows, cache = _fit(rows, cache)
         states = _feed(model, rows, cache)
         allowed = [row.allow.allowed for row in rows]
-        tokens, log_probabilities = choose(
-            model.lm_head.weight, states, allowed, temperature=temperature, generator=generator
-        )
-        for row, token, log_probability in zip(rows, tokens, log_probabilities, strict=True):
+        choices = choose(model, states, allowed, temperature=temperature, generator=generator)
+        for row, (token, log_probability) in zip(rows, choices, strict=True):
             if row.is_done:
                 continue
             row.allow = row.allow.after(token)
@@ -165,53 +163,54 @@ def generate(
 
 
 def choose(
-    head: Tensor,
+    model: GPT,
     states: Tensor,
     allowed: Sequence[Tensor | None],
     *,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-) -> tuple[list[int], list[float]]:
-    """One id a row, and its log-probability among what that row allows.
-
-    Takes the head's weights (V, C) and states (B, C). Where every row allows few ids, only their
-    rows of the head are computed.
-    """
-    if all(ids is not None and ids.dtype != torch.bool for ids in allowed):
-        ids, is_allowed = _pad([ids for ids in allowed if ids is not None], states.device)
-        logits = (head[ids] @ states[:, :, None])[:, :, 0].float()  # (B, K)
-    else:
-        ids, is_allowed = None, _masks(allowed, head.size(0), states.device)
-        logits = (states @ head.T).float()  # (B, V)
-    logits = logits.masked_fill(~is_allowed, -torch.inf)
-    if temperature > 0:
-        chances = (logits / temperature).softmax(dim=-1)
-        chosen = torch.multinomial(chances, 1, generator=generator)  # (B, 1)
-    else:
-        chosen = logits.argmax(dim=-1, keepdim=True)
-    log_probabilities = logits.log_softmax(dim=-1).gather(1, chosen)
-    tokens = chosen if ids is None else ids.gather(1, chosen)
-    return tokens[:, 0].tolist(), log_probabilities[:, 0].tolist()
-
-
-def _pad(allowed: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids (B, K) padded to the longest row, and which of them are real (B, K)."""
-    ids = torch.nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1)
-    ids = ids.to(device)
-    return ids.clamp(min=0), ids >= 0
-
-
-def _masks(allowed: Sequence[Tensor | None], num_ids: int, device: torch.device) -> Tensor:
-    """Which of all ids each row allows, (B, V)."""
-    masks = torch.zeros(len(allowed), num_ids, dtype=torch.bool)
-    for mask, ids in zip(masks, allowed, strict=True):
-        if ids is None:
-            mask.fill_(True)
-        elif ids.dtype == torch.bool:
-            mask.copy_(ids[:num_ids])
+) -> list[tuple[int, float]]:
+    """For each row of states (B, C) an id, and its log-probability among what the row allows."""
+    chosen: dict[int, tuple[int, float]] = {}
+    for rows in _alike(allowed):
+        some = states if len(rows) == len(allowed) else states[rows]
+        logits, ids = _logits(model, some, [allowed[row] for row in rows])
+        if temperature > 0:
+            chances = (logits / temperature).softmax(dim=-1)
+            picks = torch.multinomial(chances, 1, generator=generator)  # (B, 1)
         else:
-            mask[ids] = True
-    return masks.to(device)
+            picks = logits.argmax(dim=-1, keepdim=True)
+        log_probabilities = logits.log_softmax(dim=-1).gather(1, picks)[:, 0].tolist()
+        tokens = (picks if ids is None else ids.gather(1, picks))[:, 0].tolist()
+        chosen |= zip(rows, zip(tokens, log_probabilities, strict=True), strict=True)
+    return [chosen[row] for row in range(len(allowed))]
+
+
+def _alike(allowed: Sequence[Tensor | None]) -> list[list[int]]:
+    """The rows that allow anything, those with masks and those with ids, each if there are any."""
+    kinds = [None if ids is None else ids.dtype for ids in allowed]
+    return [[row for row, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)]
+
+
+def _logits(
+    model: GPT, states: Tensor, allowed: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Logits, -inf where not allowed, and the ids (B, K) that they are for, None for all (B, V).
+
+    Of ids, only their rows of the vocabulary head are computed.
+    """
+    given = [ids for ids in allowed if ids is not None]
+    if not given:
+        return model.lm_head(states).float(), None
+    if given[0].dtype == torch.bool:
+        logits = model.lm_head(states).float()
+        is_allowed = torch.stack(given)[:, : logits.size(1)].to(logits.device)
+        return logits.masked_fill(~is_allowed, -torch.inf), None
+    ids = torch.nn.utils.rnn.pad_sequence(given, batch_first=True, padding_value=-1)
+    ids = ids.to(states.device)
+    head = model.transformer.wte.weight[ids.clamp(min=0)]  # (B, K, C); the head is tied to wte
+    logits = (head @ states[:, :, None])[:, :, 0].float()
+    return logits.masked_fill(ids < 0, -torch.inf), ids
 
 
 def _feed(model: GPT, rows: list[_Row], cache: KVCache) -> Tensor:

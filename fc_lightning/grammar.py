@@ -24,9 +24,11 @@ from fc_lightning.chat import RESPONSE_END, RESPONSE_START
 from fc_lightning.functions import FunctionSpec, ParameterSpec, Registry, Scalar, Value
 from fc_lightning.tokenizer import END_OF_TEXT, PADDED_VOCAB_SIZE, get_encoding
 
-MAX_TEXT_CHARS = 80  # of a free string; beyond U+07FF a character counts twice
+MAX_TEXT_TOKENS = 240  # of a free string
+_MAX_TEXT_LETTERS = 80
 _LETTER = r"[^'\"\\\p{C}\p{Z}]"  # what repr writes as it is, but for the space
-_NARROW = r"[^'\"\\\p{C}\p{Z}\u{800}-\u{10FFFF}]"  # and takes two tokens at most
+_NARROW = r"[^'\"\\\p{C}\p{Z}\u{800}-\u{10FFFF}]"  # two bytes, so two tokens at most
+_ASCII = r"[!#-&(-\[\]-~]"
 _MAX_ITEMS = 8  # of an array without enum
 _SPARE_TOKENS = 8  # END_OF_TEXT, and what neighbours may cost each other at their seam
 _FEW = 64  # ways of a word that are looked into; more are found in numbers and free text only
@@ -61,18 +63,18 @@ class Place:
         return place
 
 
-def compile_grammar(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS) -> Place:
+def compile_grammar(registry: Registry, *, max_text_tokens: int = MAX_TEXT_TOKENS) -> Place:
     """The first place of a response that calls one of the registry's functions.
 
     Raises:
         ValueError: an argument that no value satisfies, such as bounds with no number between.
     """
-    matcher = LLMatcher(_tokenizer(), write_grammar(registry, max_text_chars=max_text_chars))
+    matcher = LLMatcher(_tokenizer(), write_grammar(registry, max_text_tokens=max_text_tokens))
     _check(matcher)
     return Place(matcher, [], text_end=0)
 
 
-def max_response_tokens(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS) -> int:
+def max_response_tokens(registry: Registry, *, max_text_tokens: int = MAX_TEXT_TOKENS) -> int:
     """How many tokens the longest response that the grammar allows can take."""
     encoding, longest = get_encoding(), 0
     for name in registry.call_names:
@@ -80,7 +82,7 @@ def max_response_tokens(registry: Registry, *, max_text_chars: int = MAX_TEXT_CH
         assert spec is not None, name
         values = {p.name: _longest(p) for p in spec.parameters}
         response = f"{RESPONSE_START}{render_call(FunctionCall(name, values))}{RESPONSE_END}"
-        free = 3 * max_text_chars * sum(map(_num_free_texts, spec.parameters))
+        free = max_text_tokens * sum(map(_num_free_texts, spec.parameters))
         longest = max(longest, len(encoding.encode_ordinary(response)) + free)
     return longest + _SPARE_TOKENS
 
@@ -125,6 +127,7 @@ def _advance(matcher: LLMatcher, ids: list[int], text_end: int) -> tuple[list[in
             if np.count_nonzero(mask) > _MANY:
                 return forced, torch.from_numpy(mask.copy())
             choices = mask.nonzero()[0].tolist()
+            assert choices, f"no way on after {get_encoding().decode([*ids, *forced])!r}"
             run = [
                 token
                 for token in choices
@@ -192,7 +195,7 @@ def _check(matcher: LLMatcher) -> None:
 # ---------------------------------------------------------------- the grammar of a registry
 
 
-def write_grammar(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS) -> str:
+def write_grammar(registry: Registry, *, max_text_tokens: int = MAX_TEXT_TOKENS) -> str:
     """All responses that call a function of the registry, in llguidance's Lark notation.
 
     Keys stand in schema order and arrays in enum order, without repeats; an incomplete call
@@ -200,7 +203,7 @@ def write_grammar(registry: Registry, *, max_text_chars: int = MAX_TEXT_CHARS) -
     """
     opening, closing = render_call(FunctionCall("@", {})).split("@")
     before_arguments, end = closing.split("{}")
-    calls, rules = [], list(_text_rules(max_text_chars))
+    calls, rules = [], list(_text_rules(max_text_tokens))
     for number, name in enumerate(registry.call_names):
         spec = registry.spec(name)
         assert spec is not None, name
@@ -279,27 +282,36 @@ def _scalar(parameter: ParameterSpec, kind: str) -> str:
     return f"/{pattern}/"
 
 
-def _text_rules(max_chars: int) -> Iterator[str]:
+def _text_rules(max_tokens: int) -> Iterator[str]:
     """Non-empty free strings, quoted as `repr` quotes them and then escaped for JSON.
 
     Single quotes; double ones around a text with apostrophes; single ones again, with the
-    apostrophes escaped, around a text with both. Lengths are such that no text, whatever its
-    tokens, takes more than 3 * max_chars of them: rarer letters are allowed half as many.
+    apostrophes escaped, around a text with both. Each form comes once for every kind of letters,
+    so that no text can take more than `max_tokens`, however a model may cut it.
     """
     double, apostrophe, backslash = r"\\\"", r"\\\\'", r"\\\\\\\\"  # as they are written
-    widths = (("NARROW", _NARROW, max_chars), ("WIDE", f"{_LETTER}|{backslash}", max_chars // 2))
-    for width, letter, n in widths:
-        plain, m = f"{letter}| ", n // 3
-        yield f"SINGLE_{width}: /'({plain}|{double}){{1,{n}}}'/"
-        yield f"DOUBLE_{width}: /{double}({plain}){{0,{n}}}'({plain}|'){{0,{n // 2}}}{double}/"
-        yield (
-            f"BOTH_{width}: /'({plain}){{0,{m}}}"
-            f"({double}({plain}|{double}){{0,{m}}}{apostrophe}"
-            f"|{apostrophe}({plain}|{apostrophe}){{0,{m}}}{double})"
-            f"({plain}|{double}|{apostrophe}){{0,{m}}}'/"
-        )
-    names = itertools.product(("SINGLE", "DOUBLE", "BOTH"), ("NARROW", "WIDE"))
-    yield f"text: {' | '.join(map('_'.join, names))}"
+    kinds = (("ASCII", 1, _ASCII), ("NARROW", 2, _NARROW), ("WIDE", 4, f"{_LETTER}|{backslash}"))
+    names = []
+    for kind, width, letter in kinds:
+        plain = f"{letter}| "
+        n = _most_letters(max_tokens, width)
+        quoted = plain if width == 1 else f"{plain}|{double}"
+        yield f"SINGLE_{kind}: /'({quoted}){{1,{n}}}'/"
+        n = _most_letters(max_tokens, 2 * width)
+        yield f"DOUBLE_{kind}: /{double}({plain}){{0,{n}}}'({plain}|'){{0,{n}}}{double}/"
+        names += [f"SINGLE_{kind}", f"DOUBLE_{kind}"]
+    n = _most_letters(max_tokens, 3 * width)
+    yield (
+        f"BOTH: /'({plain}){{0,{n}}}"
+        f"({double}({plain}|{double}){{0,{n}}}{apostrophe}"
+        f"|{apostrophe}({plain}|{apostrophe}){{0,{n}}}{double})"
+        f"({plain}|{double}|{apostrophe}){{0,{n}}}'/"
+    )
+    yield f"text: {' | '.join([*names, 'BOTH'])}"
+
+
+def _most_letters(max_tokens: int, width: int) -> int:
+    return min(_MAX_TEXT_LETTERS, max_tokens // width)
 
 
 def number_pattern(minimum: float | None, maximum: float | None, *, is_integer: bool) -> str:

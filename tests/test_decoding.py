@@ -147,32 +147,32 @@ def test_log_probability_is_that_of_the_chosen_tokens() -> None:
 
 
 def test_a_mask_and_a_list_of_ids_allow_the_same() -> None:
-    head, states = torch.randn(50, 8), torch.randn(3, 8)
+    model, states = tiny_gpt(), torch.randn(3, 16)
     ids = [torch.tensor([3, 4, 40]), torch.tensor([7]), torch.tensor([1, 2])]
-    masks: list[Tensor | None] = [torch.zeros(64, dtype=torch.bool) for _ in ids]
-    for mask, row in zip(masks, ids, strict=True):
-        assert mask is not None
-        mask[row] = True
-    few = choose(head, states, ids)
-    many = choose(head, states, [ids[0], *masks[1:]])
-    assert few[0] == many[0]
-    assert few[1] == pytest.approx(many[1], abs=1e-6)
+    masks = [torch.zeros(50304, dtype=torch.bool).index_fill(0, row, True) for row in ids]
+    few = choose(model, states, ids)
+    for allowed in (masks, [ids[0], *masks[1:]], [masks[0], ids[1], masks[2]]):
+        many = choose(model, states, allowed)
+        assert [token for token, _ in few] == [token for token, _ in many]
+        assert [p for _, p in few] == pytest.approx([p for _, p in many], abs=1e-6)
 
 
 def test_sampling_follows_the_model_and_the_generator() -> None:
-    head, state = torch.eye(3), torch.tensor([[math.log(1.0), math.log(3.0), 9.0]])
-    allowed = [torch.tensor([0, 1])] * 4000
+    model = GPT(GPTConfig(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=3))
+    model.lm_head.weight = model.transformer.wte.weight = torch.nn.Parameter(torch.eye(3))
+    states = torch.tensor([[math.log(1.0), math.log(3.0), 9.0]]).expand(4000, 3)
     for temperature, share in ((1.0, 3 / 4), (0.5, 9 / 10)):
-        tokens, log_probabilities = choose(
-            head,
-            state.expand(4000, 3),
-            allowed,
+        choices = choose(
+            model,
+            states,
+            [torch.tensor([0, 1])] * 4000,
             temperature=temperature,
             generator=torch.Generator().manual_seed(0),
         )
         # four standard deviations of a share of 4,000
-        assert sum(tokens) / 4000 == pytest.approx(share, abs=4 * math.sqrt(share / 4 / 4000))
-        assert log_probabilities[tokens.index(1)] == pytest.approx(math.log(3 / 4))
+        sampled = sum(token for token, _ in choices) / 4000
+        assert sampled == pytest.approx(share, abs=4 * math.sqrt(share / 4 / 4000))
+        assert dict(choices)[1] == pytest.approx(math.log(3 / 4))
     model = tiny_gpt()
     first, again, other = (
         generate(

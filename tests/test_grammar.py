@@ -208,8 +208,8 @@ def test_an_incomplete_call_may_leave_out_any_but_not_none_of_its_required_argum
 def test_whatever_is_chosen_the_call_is_valid_canonical_and_short(
     registry: Registry, num_walks: int
 ) -> None:
-    first, rng = compile_grammar(registry, max_text_chars=16), random.Random(0)
-    longest, names = max_response_tokens(registry, max_text_chars=16), set()
+    first, rng = compile_grammar(registry, max_text_tokens=48), random.Random(0)
+    longest, names = max_response_tokens(registry, max_text_tokens=48), set()
     for _ in range(num_walks):
         ids = random_walk(first, rng)
         text = get_encoding().decode(ids[:-1])

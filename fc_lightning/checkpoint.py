@@ -93,7 +93,7 @@ def load_registry_source(path: str | Path) -> Mapping[str, Any] | None:
     file = _locate(Path(path))
     if file.name == _HF_FILE:
         return None
-    source = _load_plain(file).get("registry")
+    source = load_plain(file).get("registry")
     return source if isinstance(source, Mapping) else None
 
 
@@ -117,10 +117,14 @@ def _locate(path: Path) -> Path:
     return found[0]
 
 
-def _load_plain(file: Path) -> Mapping[str, Any]:
-    """Read a pickled dict of tensors and plain values, mapped from disk where its format allows."""
+def load_plain(file: Path, *, is_mapped: bool = True) -> Mapping[str, Any]:
+    """Read a pickled dict of tensors and plain values, mapped from disk where its format allows.
+
+    Raises:
+        CheckpointError: a damaged file, or one with code in it, which is never run.
+    """
     try:
-        is_mappable = zipfile.is_zipfile(file)
+        is_mappable = is_mapped and zipfile.is_zipfile(file)
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mappable)
     except PermissionError as error:
@@ -141,7 +145,7 @@ def _load_plain(file: Path) -> Mapping[str, Any]:
 
 def _read_pickled(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights, and what is said of them, of a nanoGPT checkpoint or a Lightning one of ours."""
-    content = _load_plain(file)
+    content = load_plain(file)
     match content:
         case {"model": Mapping() as weights, "model_args": Mapping() as model_args}:
             # nanoGPT computes the exact GELU; `save_nanogpt` leaves a note where a model doesn't.
@@ -222,7 +226,7 @@ def _load_shards(folder: Path) -> dict[str, Any]:
 
 def _load_tensors(file: Path) -> Mapping[str, Any]:
     if file.suffix != ".safetensors":
-        return _load_plain(file)
+        return load_plain(file)
     try:
         return load_file(file)
     except OSError as error:

@@ -23,10 +23,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from fc_lightning.chat import render_response
 from fc_lightning.dataset import (
+    BatchLoader,
     DataError,
     FunctionCallDataset,
-    ResumableDataLoader,
     Row,
+    cache_folder,
     expected_call,
     make_loader,
     read_rows,
@@ -67,6 +68,8 @@ class FunctionCallDataModule(L.LightningDataModule):
         seed: int = 1337,
     ) -> None:
         super().__init__()
+        # With fewer rows than ranks, some rank has no batch to validate.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         if batch_size < 1:
             raise ValueError(f"data.batch_size must be at least 1, not {batch_size}")
         self.fc_data_dir = Path(fc_data_dir) if fc_data_dir is not None else None
@@ -82,8 +85,7 @@ class FunctionCallDataModule(L.LightningDataModule):
         if self.fc_data_dir is not None:
             return self.fc_data_dir
         source = json.dumps([self.registry.source, self.num_examples, self.seed], sort_keys=True)
-        cache = os.environ.get("FC_LIGHTNING_CACHE") or Path.home() / ".cache" / "fc_lightning"
-        return Path(cache) / f"synthesized-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        return cache_folder() / f"synthesized-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
     def prepare_data(self) -> None:
         """Synthesize the default examples, unless they are there or a folder was given."""
@@ -108,16 +110,16 @@ class FunctionCallDataModule(L.LightningDataModule):
         if self.val_set is None:
             self.val_set = self._encode(read_rows(self.folder, "test"))
 
-    def train_dataloader(self) -> ResumableDataLoader:
+    def train_dataloader(self) -> BatchLoader:
         return self._loader(self.train_set, shuffle=True)
 
-    def val_dataloader(self) -> ResumableDataLoader:
+    def val_dataloader(self) -> BatchLoader:
         return self._loader(self.val_set, shuffle=False)
 
-    def test_dataloader(self) -> ResumableDataLoader:
+    def test_dataloader(self) -> BatchLoader:
         return self._loader(self.val_set, shuffle=False)
 
-    def predict_dataloader(self) -> ResumableDataLoader:
+    def predict_dataloader(self) -> BatchLoader:
         return self._loader(self.val_set, shuffle=False)
 
     def _encode(self, rows: Sequence[Row]) -> FunctionCallDataset:
@@ -153,7 +155,7 @@ class FunctionCallDataModule(L.LightningDataModule):
             )
         return self.block_size or limit
 
-    def _loader(self, dataset: FunctionCallDataset | None, *, shuffle: bool) -> ResumableDataLoader:
+    def _loader(self, dataset: FunctionCallDataset | None, *, shuffle: bool) -> BatchLoader:
         if dataset is None:
             raise RuntimeError("call setup() before asking for a data loader")
         return make_loader(

@@ -10,6 +10,7 @@ Shapes: B rows, T tokens a row, P tokens of the shared prefix, N trained tokens 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ class DataError(ValueError):
 
 
 # ---------------------------------------------------------------- files
+
+
+def cache_folder() -> Path:
+    """Where what was made once is kept: $FC_LIGHTNING_CACHE, or ~/.cache/fc_lightning."""
+    return Path(os.environ.get("FC_LIGHTNING_CACHE") or Path.home() / ".cache" / "fc_lightning")
 
 
 @dataclass(frozen=True)
@@ -253,6 +259,19 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.num_ranks, self.rank = num_ranks, rank
         self.epoch = self.first_batch = 0
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What the order of an epoch follows from, besides its number."""
+        return {
+            "num_rows": len(self.lengths),
+            "batch_size": self.batch_size,
+            "num_ranks": self.num_ranks,
+            "seed": self.seed,
+        }
+
     def __len__(self) -> int:
         """Batches in a whole epoch, wherever the next pass begins."""
         return sum(stop - start > self.rank for start, stop in self._bounds())
@@ -289,46 +308,73 @@ class LengthBatchSampler(Sampler[list[int]]):
         return list(zip(starts, [*starts[1:], total], strict=True))
 
 
-class ResumableDataLoader(DataLoader[Batch]):
-    """A DataLoader over `LengthBatchSampler` that continues after the last batch it handed out.
+class BatchLoader:
+    """The batches of a dataset in a sampler's order, from any point of an epoch on.
 
-    Lightning saves `state_dict` with every checkpoint. Batches are counted as they are handed
-    out, so what workers have prepared in advance is not lost.
+    Around a DataLoader rather than one, so that Lightning leaves sampler and rows alone. Lightning
+    calls `sampler.set_epoch` before each epoch, and saves `state_dict` with every checkpoint.
+    Batches are counted as they are handed out: what workers have prepared ahead is not lost.
     """
 
-    def __init__(self, dataset: Dataset[Batch], sampler: LengthBatchSampler, **options) -> None:
+    batch_sampler = None  # Lightning asks whatever has a sampler for one
+
+    def __init__(
+        self,
+        dataset: Dataset[Batch],
+        sampler: LengthBatchSampler,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
         # One index of this "dataset" is a whole batch, so the batch sampler samples "rows".
-        super().__init__(
+        self._loader: DataLoader[Batch] = DataLoader(
             dataset,
             batch_size=None,
             sampler=sampler,  # type: ignore[arg-type]
             # Its own generator: seeding workers must not move the global random state.
             generator=torch.Generator(),
-            **options,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
         )
-        self.order = sampler
-        self.num_yielded = 0
-        self.is_resumed = False
+        self.sampler = sampler
+        self._epoch = self._num_yielded = 0
+        self._resumed: dict[str, Any] | None = None
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        if self.num_yielded >= len(self) or (self.num_yielded and not self.is_resumed):
-            self.order.epoch += 1
-            self.num_yielded = 0
-        self.order.first_batch = self.num_yielded
-        return self._count(super().__iter__())
+    def __len__(self) -> int:
+        return len(self.sampler)
 
-    def _count(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.num_yielded += 1
-            self.is_resumed = False
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator, since Lightning makes iterators before it says which epoch it is: nothing
+        # of this runs until the first batch is asked for.
+        self._epoch, self._num_yielded = self.sampler.epoch, self._first_batch()
+        self.sampler.first_batch = self._num_yielded
+        for batch in self._loader:
+            self._num_yielded += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.order.epoch, "num_yielded": self.num_yielded}
+    def _first_batch(self) -> int:
+        state, self._resumed = self._resumed, None
+        if state is None or state["epoch"] != self.sampler.epoch:
+            return 0
+        for name, value in self.sampler.identity.items():
+            if (before := state["order"].get(name)) != value:
+                raise DataError(
+                    f"the checkpoint stands in mid-epoch, after {state['num_yielded']} batches "
+                    f"drawn with {name} {before}, but {name} is {value} now; resume with the same, "
+                    "or start a new run from it with model.pretrained_dir"
+                )
+        return state["num_yielded"]
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.order.epoch, self.num_yielded = state["epoch"], state["num_yielded"]
-        self.is_resumed = True
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "num_yielded": self._num_yielded,
+            "order": self.sampler.identity,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resumed = state
 
 
 def make_loader(
@@ -340,30 +386,19 @@ def make_loader(
     seed: int,
     shuffle: bool,
     num_workers: int,
-) -> ResumableDataLoader:
-    """A loader of this rank's share of batches; `trainer`, if there is one, says which rank.
-
-    Raises:
-        ValueError: the Trainer would share rows out a second time.
-    """
-    num_ranks, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-    if num_ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
-        raise ValueError(
-            "pass Trainer(use_distributed_sampler=False): this data module shares rows out "
-            "over the ranks itself, without repeating any"
-        )
-    order = LengthBatchSampler(
+) -> BatchLoader:
+    """A loader of this rank's share of batches; `trainer`, if there is one, says which rank."""
+    sampler = LengthBatchSampler(
         lengths,
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
-        num_ranks=num_ranks,
-        rank=rank,
+        num_ranks=trainer.world_size if trainer else 1,
+        rank=trainer.global_rank if trainer else 0,
     )
-    return ResumableDataLoader(
+    return BatchLoader(
         dataset,
-        order,
+        sampler,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
     )

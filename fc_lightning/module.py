@@ -54,6 +54,7 @@ class FunctionCallModule(L.LightningModule):
     hparams: Any  # Lightning types it as a mapping without attributes
     _window_loss: Tensor
     _num_window_tokens: int
+    _evaluated: list[tuple[Tensor, int]]  # summed loss and trained tokens, by batch
 
     def __init__(
         self,
@@ -139,22 +140,39 @@ class FunctionCallModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._start_window()
+        self._set_optimizer_as_asked()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self._resume_from is not None:
             self._restore_run(self._resume_from)
             self._resume_from = None
 
+    def on_validation_epoch_start(self) -> None:
+        self._evaluated = []
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._log_evaluation("val/loss", batch)
+        self._evaluated.append((self.loss_sum(batch), len(batch.targets)))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val/loss")
+
+    def on_test_epoch_start(self) -> None:
+        self._evaluated = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._log_evaluation("test/loss", batch)
+        self._evaluated.append((self.loss_sum(batch), len(batch.targets)))
 
-    def _log_evaluation(self, name: str, batch: Batch) -> None:
-        num_trained = len(batch.targets)
-        loss = self.loss_sum(batch) / num_trained
-        self.log(name, loss, batch_size=num_trained, on_epoch=True, sync_dist=True, prog_bar=True)
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test/loss")
+
+    def _log_evaluation(self, name: str) -> None:
+        """Log the mean loss of a trained token over the batches of all ranks, some with none."""
+        loss = sum(loss.double().item() for loss, _ in self._evaluated)
+        sums = torch.tensor([loss, sum(n for _, n in self._evaluated)], dtype=torch.float64)
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+        # All ranks know it by now; sync_dist only keeps Lightning from warning that they may not.
+        self.log(name, (sums[0] / sums[1]).float(), prog_bar=True, sync_dist=True)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -177,20 +195,14 @@ class FunctionCallModule(L.LightningModule):
         shape = GPTConfig(**checkpoint["gpt_config"] | {"dropout": self.hparams.dropout})
         if shape != self.gpt.config:
             self.gpt = GPT(shape)
-        ranks = checkpoint["ranks"]
+        ranks = checkpoint.get("ranks", [])
         self._resume_from = ranks[self.global_rank] if self.global_rank < len(ranks) else None
-        fresh = self._param_groups()
         for state in checkpoint.get("optimizer_states", []):
-            if len(state["param_groups"]) != len(fresh):
+            if len(state["param_groups"]) != len(self._param_groups()):
                 raise CheckpointError(
                     f"this .ckpt was not trained with model.optimizer {self.hparams.optimizer!r}; "
                     "resume with its own, or start anew with model.pretrained_dir"
                 )
-            for group, said in zip(state["param_groups"], fresh, strict=True):
-                group.update({k: v for k, v in said.items() if k not in ("params", "lr")})
-                group["initial_lr"] = said["lr"]
-        for state in checkpoint.get("lr_schedulers", []):
-            state["base_lrs"] = [said["lr"] for said in fresh]
 
     def _run_state(self) -> dict[str, Any]:
         """What this rank alone knows: random states, and an accumulation window half done."""
@@ -237,15 +249,27 @@ class FunctionCallModule(L.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def _set_optimizer_as_asked(self) -> None:
+        """Put this run's settings over those that came back with a checkpoint's optimizer."""
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0]
+        factor = self._learning_rate_factor(scheduler.scheduler.last_epoch)
+        groups = self._param_groups()
+        for group, asked in zip(optimizer.param_groups, groups, strict=True):
+            group.update({name: value for name, value in asked.items() if name != "params"})
+            group.update(initial_lr=asked["lr"], lr=asked["lr"] * factor)
+        scheduler.scheduler.base_lrs = [asked["lr"] for asked in groups]
+
     def _learning_rate_factor(self, step: int) -> float:
         """Learning rate at an optimizer step, as a share of the peak (nanoGPT's get_lr).
 
         The same share for all groups, so that Muon's rate follows AdamW's.
         """
         p = self.hparams
-        last = p.lr_decay_iters or int(self.trainer.estimated_stepping_batches)
-        if step < p.warmup_iters:
+        # Step 0 always ends here: a scheduler is made before a checkpoint's loops are restored, and
+        # to ask for the run's length then would make Lightning forget where its loader stood.
+        if step <= p.warmup_iters:
             return (step + 1) / (p.warmup_iters + 1)
+        last = p.lr_decay_iters or self._num_steps()
         floor = p.min_lr / p.learning_rate
         if step >= last:
             return floor
@@ -253,6 +277,17 @@ class FunctionCallModule(L.LightningModule):
         if p.lr_schedule == "trapezoid":
             return floor + (1 - floor) * min(1.0, 2 - 2 * progress)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def _num_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        Raises:
+            ValueError: it has no end.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError("a run without end: set model.lr_decay_iters or trainer.max_steps")
+        return int(steps)
 
 
 @functools.cache

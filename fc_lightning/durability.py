@@ -1,0 +1,238 @@
+"""What keeps a run from being lost: whole checkpoints, a newest one to go on from, and signals.
+
+`fit --ckpt_path last` goes on from `last.ckpt` bit for bit as if nothing had happened. What stands
+in a checkpoint is module.py's business, and which rows come next dataset.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from fc_lightning.checkpoint import CheckpointError, load_plain
+from fc_lightning.dataset import Batch
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are whole or not there, and that are read without running code in them.
+
+    A checkpoint is written beside its place and then takes it in one step: killed at any moment,
+    the one before stays readable.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        if "://" in str(path):  # an object store knows whole objects only
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return None
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read tensors and plain values, onto the CPU.
+
+        Raises:
+            CheckpointError: no such file, a damaged one, or one with code in it.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, weights_only=True)
+        if not Path(path).is_file():
+            raise CheckpointError(f"{path}: no such checkpoint")
+        # Not mapped: a file that is overwritten in place must not change a running optimizer.
+        return dict(load_plain(Path(path), is_mapped=False))
+
+
+class SaveLast(Checkpoint):
+    """Keeps `last.ckpt` fresh, and writes it when a signal asks the run to end.
+
+    It is written every so often, after each validation and epoch, and at the end. SIGTERM,
+    SIGUSR1 (what schedulers send before they take a machine away) and Ctrl-C write it at the next
+    batch boundary and end the run with exit status 128 + signal; the same signal again ends it at
+    once. Under DDP a signal to one rank stops all of them together.
+
+    Args:
+        every_n_steps: optimizer steps from one writing to the next.
+    """
+
+    def __init__(self, every_n_steps: int = 500) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, not {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._signal = 0
+        self._signalled_at = 0.0
+        self._handlers: dict[int, Any] = {}
+        self._owes_validation = False
+        self._saved_at: tuple[int, int] | None = None
+
+    # ---------------------------------------------------------------- when to write
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, i: int
+    ) -> None:
+        if _is_validation_next(trainer):
+            # Written after it; but a signal doesn't wait for a validation: it is made up for.
+            self._stop_if_asked(trainer, owes_validation=True)
+        elif not _is_epoch_over(trainer):
+            is_step_done = not trainer.fit_loop._should_accumulate()
+            is_last = trainer.global_step == trainer.max_steps or trainer.should_stop
+            if is_step_done and (is_last or trainer.global_step % self.every_n_steps == 0):
+                self._save(trainer)
+            self._stop_if_asked(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        # Not under DDP, where one rank may have a batch more than another.
+        if _is_validating_in_fit(trainer) and trainer.world_size == 1:
+            self._stop_if_asked(trainer, owes_validation=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if (
+            trainer.state.fn == "fit"
+            and not trainer.sanity_checking
+            and not _is_epoch_over(trainer)
+        ):
+            self._save(trainer)
+            self._stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _is_epoch_over(trainer):  # and not cut short by max_steps
+            self._save(trainer)
+            self._stop_if_asked(trainer)
+
+    # ---------------------------------------------------------------- writing
+
+    def path(self, trainer: L.Trainer) -> Path:
+        """`last.ckpt`, beside the best checkpoint, where `ckpt_path="last"` looks for it."""
+        folders = (
+            c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)
+        )
+        return Path(next(folders, None) or trainer.default_root_dir) / "last.ckpt"
+
+    def _save(self, trainer: L.Trainer, *, owes_validation: bool = False) -> None:
+        if trainer.fast_dev_run:
+            return
+        moment = (trainer.fit_loop.total_batch_idx, trainer.current_epoch)
+        if moment == self._saved_at:
+            return
+        self._owes_validation = owes_validation
+        trainer.save_checkpoint(self.path(trainer), weights_only=False)
+        self._owes_validation, self._saved_at = False, moment
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._owes_validation:
+            _mark_validation_as_due(checkpoint["loops"]["fit_loop"])
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _is_validating_in_fit(trainer):
+            # What `_mark_validation_as_due` wrote has done its work.
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
+
+    # ---------------------------------------------------------------- signals
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_listening()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._stop_listening()
+
+    def _listen(self) -> None:
+        """Take the signals over from Lightning, whose SIGTERM handler writes nothing."""
+        if self._handlers or threading.current_thread() is not threading.main_thread():
+            return
+        self._signal = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._notice)
+
+    def _stop_listening(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        # Launchers pass on what the terminal has sent already: an echo is no second signal.
+        if self._signal and time.monotonic() - self._signalled_at > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._signal = self._signal or number
+        self._signalled_at = time.monotonic()
+        _say(
+            f"{signal.Signals(number).name}: saving at the end of this batch; again to quit at once"
+        )
+
+    def _stop_if_asked(self, trainer: L.Trainer, *, owes_validation: bool = False) -> None:
+        number = self._signal
+        if trainer.world_size > 1:
+            asked = torch.tensor(number, device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if not number:
+            return
+        self._save(trainer, owes_validation=owes_validation)
+        if not trainer.is_global_zero:
+            # Lightning's launcher kills rank 0 when another rank ends with a status.
+            sys.exit(0)
+        _say(
+            f"{signal.Signals(number).name}: stopped after step {trainer.global_step:,}, saved to "
+            f"{self.path(trainer)}; the same command with --ckpt_path last goes on from there"
+        )
+        sys.exit(128 + number)
+
+
+def _say(line: str) -> None:
+    print(f"\n{line}", file=sys.stderr, flush=True)
+
+
+def _is_validating_in_fit(trainer: L.Trainer) -> bool:
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+def _is_epoch_over(trainer: L.Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def _is_validation_next(trainer: L.Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
+def _mark_validation_as_due(fit_loop: dict[str, Any]) -> None:
+    """Let a run that goes on from this state begin with the validation after its last batch.
+
+    Lightning would skip it: it takes a checkpoint at the end of a training batch for one made by
+    the validation that follows. So the batch is marked as completed, its validation as begun.
+    """
+    batches = fit_loop["epoch_loop.batch_progress"]
+    for progress in (batches["total"], batches["current"]):
+        progress["completed"] = progress["ready"]
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    validation["current"].update(ready=0, started=0, processed=0, completed=0)
+    validation["total"].update(ready=1, started=1, processed=0, completed=0)

@@ -134,6 +134,25 @@ class FunctionCallModule(L.LightningModule):
         self.log("train/loss", loss / num_tokens, prog_bar=True)
         self._start_window()
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer was told to, with a fused optimizer too.
+
+        Lightning's mixed precision refuses to clip for a fused optimizer, because that would
+        unscale fp16 gradients after the clipping. In bf16 nothing is scaled, and in fp16 the
+        optimizer here is not fused.
+        """
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def _start_window(self) -> None:
         self._window_loss = torch.zeros((), device=self.device)
         self._num_window_tokens = 0
@@ -240,7 +259,7 @@ class FunctionCallModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer_class = MuonAdamW if self.hparams.optimizer == "muon" else torch.optim.AdamW
-        # A fused AdamW unscales fp16 gradients itself, and Lightning then refuses to clip them.
+        # A fused AdamW unscales fp16 gradients itself, after they were averaged and clipped.
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
         optimizer = optimizer_class(self._param_groups(), fused=fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)

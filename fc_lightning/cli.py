@@ -24,17 +24,24 @@ from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls
 from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.datamodule import FunctionCallDataModule
 from fc_lightning.module import FunctionCallModule
+from fc_lightning.textdata import TextDataModule
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 class FunctionCallCLI(LightningCLI):
-    """Trains, validates and tests a `FunctionCallModule` on a `FunctionCallDataModule`."""
+    """Trains, validates and tests a `FunctionCallModule` on calls, or on text if that is given.
+
+    Two data modules without a class_path in configs: `data.text_files` is what only
+    `TextDataModule` has, so a config or option with it says enough, and every key of either keeps
+    its short name, its place in --help and its own error message.
+    """
 
     def __init__(self, args: list[str]) -> None:
+        is_text = any(key.startswith("data.text_files") for key, _ in _said_keys(args))
         super().__init__(
             FunctionCallModule,
-            FunctionCallDataModule,
+            TextDataModule if is_text else FunctionCallDataModule,
             args=args,
             trainer_defaults={
                 "precision": _best_precision(),
@@ -81,7 +88,8 @@ class FunctionCallCLI(LightningCLI):
         root = Path(config.trainer.default_root_dir or ".")
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(root / "checkpoints")
-        if (data_dir := config.data.fc_data_dir) is not None and not Path(data_dir).is_dir():
+        data_dir = config.data.get("fc_data_dir")
+        if data_dir is not None and not Path(data_dir).is_dir():
             raise ValueError(f"data.fc_data_dir {data_dir}: no such folder")
 
     def after_fit(self) -> None:
@@ -115,12 +123,16 @@ class FunctionCallCLI(LightningCLI):
             if not p.is_match:
                 console.print(f"   should be {p.expected}", markup=False, style="dim")
         root = Path(self.trainer.default_root_dir)
+        if isinstance(self.datamodule, TextDataModule):
+            then = f"fine-tune it     python -m fc_lightning fit --model.pretrained_dir {best}"
+        else:
+            then = (
+                f"samples          {root / 'samples' / 'val_sample.txt'}\n"
+                f"try it           python -m fc_lightning call --checkpoint {best}"
+                ' "make it warmer in the back"'
+            )
         console.print(
-            f"\nbest checkpoint  {best}\n"
-            f"samples          {root / 'samples' / 'val_sample.txt'}\n"
-            f"TensorBoard      tensorboard --logdir {root}\n"
-            f"try it           python -m fc_lightning call --checkpoint {best}"
-            ' "make it warmer in the back"',
+            f"\nbest checkpoint  {best}\nTensorBoard      tensorboard --logdir {root}\n{then}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -190,15 +202,30 @@ def _reject_unknown_keys(args: list[str], parsers: Mapping[str, LightningArgumen
     if parser is None:
         return
     known = {option[2:] for option in parser._option_string_actions if option.startswith("--")}
-    for arg, following in zip_longest(args[1:], args[2:], fillvalue=""):
+    for key, file in _said_keys(args):
+        if _is_known(key, known):
+            continue
+        if file is None:
+            raise ValueError(f"no option --{key}{_nearest(key, known, '--')}")
+        raise ValueError(f"config {file}: no key {key!r}{_nearest(key, known)}")
+
+
+def _said_keys(args: list[str]) -> Iterator[tuple[str, Path | None]]:
+    """Every key that the options and their config files set, and the file if it is one's.
+
+    Raises:
+        ValueError: a config file that can't be read.
+    """
+    for arg, following in zip_longest(args, args[1:], fillvalue=""):
         option, _, value = arg.partition("=")
         if option in ("--config", "-c"):
-            _check_config_file(Path(value or following), known)
-        elif option.startswith("--") and not _is_known(option[2:], known):
-            raise ValueError(f"no option {option}{_nearest(option[2:], known, '--')}")
+            file = Path(value or following)
+            yield from ((key, file) for key in _keys(_read_config(file)))
+        elif option.startswith("--"):
+            yield option[2:], None
 
 
-def _check_config_file(file: Path, known: set[str]) -> None:
+def _read_config(file: Path) -> Mapping[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -207,9 +234,7 @@ def _check_config_file(file: Path, known: set[str]) -> None:
         raise ValueError(f"config {file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config {file}: must be a mapping such as 'model:' and 'trainer:'")
-    for key in _keys(content):
-        if not _is_known(key, known):
-            raise ValueError(f"config {file}: no key {key!r}{_nearest(key, known)}")
+    return content
 
 
 def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -222,7 +247,9 @@ def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _is_known(key: str, known: set[str]) -> bool:
     """Whether an option is `key`, lies below it (model), or takes it in (trainer.logger.name)."""
     parents = {key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)}
-    open_parents = parents & {"trainer.logger", "trainer.callbacks", "trainer.plugins"}
+    open_parents = parents & {
+        "trainer.logger", "trainer.callbacks", "trainer.plugins", "data.text_files"
+    }  # fmt: skip
     return key.rstrip("+") in known or bool(open_parents) or key in {k.split(".")[0] for k in known}
 
 

@@ -1,39 +1,37 @@
-"""Weights in and out: nanoGPT's ckpt.pt, Hugging Face's GPT-2 folder, our own Lightning .ckpt.
+"""Weights in: nanoGPT's ckpt.pt, Hugging Face's GPT-2 folder, our Lightning .ckpt, the base.
 
 Each reader brings its file to nanoGPT's parameter names, and one `GPT` is built from them. Files
 are read as tensors and plain values only: a pickle that asks for anything else is refused, never
-run. What a domain file means (functions.py) and how training saves (module.py) stand elsewhere.
+run. Writing (export.py), and how training saves (module.py), stand elsewhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fc_lightning.gpt import GPT, GPTConfig
 from fc_lightning.tokenizer import END_OF_TEXT, PADDED_VOCAB_SIZE
 
-_NANOGPT_FILE, _HF_FILE = "ckpt.pt", "config.json"
-_WTE, _WPE, _HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
+NANOGPT_FILE, HF_FILE = "ckpt.pt", "config.json"
+SHIPPED = {"base": Path(__file__).parent / "assets" / "base.safetensors"}
+WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
 # GPT-2 stores these as Conv1D weights (in, out); Linear wants (out, in).
-_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _WRAPPERS = ("_orig_mod", "module", "gpt")
 _GELU_OF_ACTIVATION = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
-_HF_GPT2 = {
+HF_GPT2 = {
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -47,16 +45,14 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be read or written; the message says why and what to do."""
 
 
-# ---------------------------------------------------------------- in
-
-
 def load_gpt(
     path: str | Path, *, dropout: float | None = None, block_size: int | None = None
 ) -> GPT:
     """The model of a checkpoint, in float32 on the CPU.
 
-    Reads a nanoGPT `ckpt.pt`, a Lightning `.ckpt` of this package, or a folder that holds a
-    `ckpt.pt` or a Hugging Face GPT-2 (config.json and model.safetensors or pytorch_model.bin).
+    Reads a nanoGPT `ckpt.pt`, a Lightning `.ckpt` of this package, a file of
+    `export.save_packed`, or a folder that holds a `ckpt.pt` or a Hugging Face GPT-2 (config.json
+    and model.safetensors or pytorch_model.bin). "base" is the base that ships with the package.
     A vocabulary of 50,257 is padded to 50,304 rows; see `_with_padded_vocabulary`.
 
     Args:
@@ -67,12 +63,15 @@ def load_gpt(
         CheckpointError: unreadable, not a GPT-2, or at odds with itself; with the file's name.
         ValueError: `block_size` exceeds the checkpoint's.
     """
-    file = _locate(Path(path))
-    weights, stated = _read_hugging_face(file) if file.name == _HF_FILE else _read_pickled(file)
+    file = _locate(path)
+    read = {HF_FILE: _read_hugging_face}.get(file.name) or (
+        _read_packed if file.suffix == ".safetensors" else _read_pickled
+    )
+    weights, stated = read(file)
     weights = _with_tied_head(weights, file)
     config = _config(weights, stated, file)
     if config.vocab_size == END_OF_TEXT + 1:
-        weights[_WTE] = weights[_HEAD] = _with_padded_vocabulary(weights[_WTE])
+        weights[WTE] = weights[HEAD] = _with_padded_vocabulary(weights[WTE])
         config = dataclasses.replace(config, vocab_size=PADDED_VOCAB_SIZE)
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
@@ -90,28 +89,27 @@ def load_registry_source(path: str | Path) -> Mapping[str, Any] | None:
     Raises:
         CheckpointError: the file can't be read.
     """
-    file = _locate(Path(path))
-    if file.name == _HF_FILE:
+    file = _locate(path)
+    if file.name == HF_FILE or file.suffix == ".safetensors":
         return None
     source = load_plain(file).get("registry")
     return source if isinstance(source, Mapping) else None
 
 
-def _locate(path: Path) -> Path:
-    """The file that tells the kind of checkpoint: a pickled one, or Hugging Face's config.json."""
-    if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: name the folder that holds it and its {_HF_FILE} instead")
+def _locate(path: str | Path) -> Path:
+    """The file that tells the kind of checkpoint: its only one, or Hugging Face's config.json."""
+    path = SHIPPED.get(str(path)) or Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")
-    found = [path / name for name in (_NANOGPT_FILE, _HF_FILE) if (path / name).is_file()]
+    found = [path / name for name in (NANOGPT_FILE, HF_FILE) if (path / name).is_file()]
     if len(found) == 2:
         raise CheckpointError(f"{path}: holds two checkpoints; name {found[0]} or {found[1]}")
     if not found:
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise CheckpointError(
-            f"{path}: neither {_NANOGPT_FILE} (nanoGPT) nor {_HF_FILE} (Hugging Face) in it, but "
+            f"{path}: neither {NANOGPT_FILE} (nanoGPT) nor {HF_FILE} (Hugging Face) in it, but "
             f"{inside}; name the checkpoint's file"
         )
     return found[0]
@@ -163,24 +161,39 @@ def _read_pickled(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _plain_names(weights, file), stated
 
 
+def _read_packed(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and shape out of a file of `export.save_packed`, its 8-bit rows made floats again."""
+    tensors = _load_tensors(file)
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata() or {}
+    if "gpt_config" not in metadata:
+        raise CheckpointError(f"{file}: name the folder that holds it and its {HF_FILE} instead")
+    weights = {
+        name: weight * tensors[f"{name}.scale"] if weight.dtype == torch.int8 else weight
+        for name, weight in tensors.items()
+        if not name.endswith(".scale")
+    }
+    return _plain_names(weights, file), json.loads(metadata["gpt_config"])
+
+
 def _read_hugging_face(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights under nanoGPT's names, and what config.json says of them."""
     config = _load_json(file)
     stated = _stated_by_hugging_face(config, file)
     weights = _plain_names(_load_shards(file.parent), file.parent)
-    if config.get("tie_word_embeddings") is False and _HEAD not in weights:
-        raise CheckpointError(f"{file}: tie_word_embeddings is false, but there is no {_HEAD}")
+    if config.get("tie_word_embeddings") is False and HEAD not in weights:
+        raise CheckpointError(f"{file}: tie_word_embeddings is false, but there is no {HEAD}")
     return {
         # The bare GPT2Model, as the first GPT-2 files were, has no prefix.
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": (
-            weight.t() if name.endswith(_CONV1D) and weight.ndim == 2 else weight
+            weight.t() if name.endswith(CONV1D) and weight.ndim == 2 else weight
         )
         for name, weight in weights.items()
     }, stated
 
 
 def _stated_by_hugging_face(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    for key, value in _HF_GPT2.items():
+    for key, value in HF_GPT2.items():
         if (said := config.get(key, value)) != value:
             raise CheckpointError(f"{file}: {key} is {said!r}; only GPT-2's {value!r} can be read")
     activation, width = str(config.get("activation_function", "gelu_new")), config.get("n_embd", 0)
@@ -219,9 +232,7 @@ def _load_shards(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{index}: needs a 'weight_map'")
             files = sorted({folder / Path(str(shard)).name for shard in shards.values()})
             return {name: weight for file in files for name, weight in _load_tensors(file).items()}
-    raise CheckpointError(
-        f"{folder}: has {_HF_FILE}, but no model.safetensors or pytorch_model.bin"
-    )
+    raise CheckpointError(f"{folder}: has {HF_FILE}, but no model.safetensors or pytorch_model.bin")
 
 
 def _load_tensors(file: Path) -> Mapping[str, Any]:
@@ -253,13 +264,13 @@ def _plain_names(weights: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
 
 def _with_tied_head(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """Put the one matrix of token embedding and vocabulary head under both its names."""
-    shared = weights.get(_WTE, weights.get(_HEAD))
+    shared = weights.get(WTE, weights.get(HEAD))
     if shared is None:
-        raise CheckpointError(f"{file}: no GPT-2: it lacks {_WTE}")
-    head = weights.get(_HEAD, shared)
+        raise CheckpointError(f"{file}: no GPT-2: it lacks {WTE}")
+    head = weights.get(HEAD, shared)
     if head.shape != shared.shape or not bool((head == shared).all()):
-        raise CheckpointError(f"{file}: {_HEAD} is not tied to {_WTE}, as GPT-2's is")
-    return weights | {_WTE: shared, _HEAD: shared}
+        raise CheckpointError(f"{file}: {HEAD} is not tied to {WTE}, as GPT-2's is")
+    return weights | {WTE: shared, HEAD: shared}
 
 
 def _config(weights: dict[str, Tensor], stated: Mapping[str, Any], file: Path) -> GPTConfig:
@@ -268,9 +279,9 @@ def _config(weights: dict[str, Tensor], stated: Mapping[str, Any], file: Path) -
     Heads, dropout and GELU leave no trace in the weights. A stated block_size is not compared:
     some descendants of nanoGPT crop the positions and leave the old number.
     """
-    wte, wpe = weights[_WTE], weights.get(_WPE)
+    wte, wpe = weights[WTE], weights.get(WPE)
     if wpe is None or wpe.ndim != 2 or wte.ndim != 2:
-        raise CheckpointError(f"{file}: no GPT-2: {_WTE} and {_WPE} must both be matrices")
+        raise CheckpointError(f"{file}: no GPT-2: {WTE} and {WPE} must both be matrices")
     layers = {layer[1] for n in weights if (layer := re.match(r"transformer\.h\.(\d+)\.", n))}
     has_bias = any(name.endswith(".c_fc.bias") for name in weights)
     found: dict[str, Any] = {
@@ -323,127 +334,3 @@ def _build(config: GPTConfig, weights: dict[str, Tensor], file: Path) -> GPT:
     model.transformer.wte.weight = model.lm_head.weight  # to_empty unties them
     model.load_state_dict(weights)
     return model
-
-
-# ---------------------------------------------------------------- out
-
-
-def export(checkpoint: str | Path, *, format: str, output: str | Path) -> Path:
-    """Read any checkpoint and write it for nanoGPT ("nanogpt") or transformers ("hf").
-
-    Returns the file or folder written. A fine-tuned model's registry of functions stays behind.
-
-    Raises:
-        CheckpointError: the checkpoint can't be read, or the output exists or can't be written.
-        ValueError: an unknown format.
-    """
-    if format not in ("nanogpt", "hf"):
-        raise ValueError(f"format must be nanogpt or hf, not {format!r}")
-    model = load_gpt(checkpoint)
-    return save_nanogpt(model, output) if format == "nanogpt" else save_hf(model, output)
-
-
-def save_nanogpt(model: GPT, path: str | Path) -> Path:
-    """Write a checkpoint that nanoGPT's sample.py reads and its train.py resumes from.
-
-    `path` is the file if it ends with .pt, else the folder for a ckpt.pt; returns the file.
-    nanoGPT knows the exact GELU only: a tanh model is written with a warning, and with a note
-    beside `model_args` (nanoGPT rejects unknown keys inside) by which `load_gpt` restores it.
-
-    Raises:
-        CheckpointError: the file exists or can't be written.
-    """
-    path = Path(path)
-    file = path if path.suffix == ".pt" else path / _NANOGPT_FILE
-    model_args = dataclasses.asdict(model.config)
-    if (gelu := model_args.pop("gelu")) == "tanh":
-        warnings.warn(
-            f"{file}: nanoGPT computes the exact GELU, this model was trained with the tanh form; "
-            "nanoGPT's logits will differ slightly",
-            stacklevel=2,
-        )
-    content = {
-        "model": _cpu_weights(model),
-        "optimizer": _fresh_optimizer(model),
-        "model_args": model_args,
-        "iter_num": 0,
-        "best_val_loss": 1e9,  # nanoGPT's own start
-        "config": {},
-        "gelu": gelu,
-    }
-    with _appearing_whole(file) as partial:
-        torch.save(content, partial)
-    return file
-
-
-def save_hf(model: GPT, path: str | Path) -> Path:
-    """Write a folder for `transformers.GPT2LMHeadModel.from_pretrained`; returns the folder.
-
-    transformers' GPT-2 always has biases; a model without any gets zeros, which change nothing.
-
-    Raises:
-        CheckpointError: the folder holds something or can't be written.
-    """
-    weights = _cpu_weights(model)
-    weights.pop(_HEAD)  # tied
-    for name in [n for n in weights if n not in (_WTE, _WPE)]:
-        weight = weights[name]
-        if name.endswith(".weight"):
-            weights.setdefault(name.removesuffix("weight") + "bias", weight.new_zeros(len(weight)))
-        weights[name] = weight.t().contiguous() if name.endswith(_CONV1D) else weight
-    with _appearing_whole(Path(path)) as partial:
-        partial.mkdir()
-        (partial / _HF_FILE).write_text(json.dumps(_hf_config(model.config), indent=2) + "\n")
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    return Path(path)
-
-
-def _cpu_weights(model: GPT) -> dict[str, Tensor]:
-    weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
-    return weights | {_WTE: weights[_HEAD]}  # one storage on disk too
-
-
-def _fresh_optimizer(model: GPT) -> dict[str, Any]:
-    """The state of nanoGPT's AdamW before its first step, without which train.py can't resume."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()
-
-
-def _hf_config(config: GPTConfig) -> dict[str, Any]:
-    activation = "gelu_new" if config.gelu == "tanh" else "gelu"
-    dropout = {f"{place}_pdrop": config.dropout for place in ("attn", "embd", "resid")}
-    sizes = {key: getattr(config, key) for key in ("n_embd", "n_head", "n_layer", "vocab_size")}
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        **_HF_GPT2,
-        **sizes,
-        **dropout,
-        "n_positions": config.block_size,
-        "activation_function": activation,
-        "tie_word_embeddings": True,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
-    }
-
-
-@contextmanager
-def _appearing_whole(target: Path) -> Iterator[Path]:
-    """A path to write a new file or folder at, which takes the target's name only when whole."""
-    is_empty_folder = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not is_empty_folder:
-        raise CheckpointError(f"{target}: exists; remove it or name another output")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-            yield (partial := Path(folder) / target.name)
-            os.replace(partial, target)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch's for a full disk is RuntimeError
-        raise CheckpointError(f"{target}: can't be written ({error})") from None

@@ -309,15 +309,18 @@ def evaluate(
         _say(str(output / name))
 
 
-def export(checkpoint: Path, format: Literal["nanogpt", "hf"], output: Path) -> None:
+def export(
+    checkpoint: Path, format: Literal["nanogpt", "hf", "base-bf16", "base-int8"], output: Path
+) -> None:
     """Write a checkpoint for nanoGPT, or for transformers' GPT2LMHeadModel.
 
     Args:
         checkpoint: a Lightning .ckpt, a nanoGPT ckpt.pt, or a folder with a Hugging Face GPT-2
-        format: nanogpt writes a ckpt.pt, hf a folder with config.json and model.safetensors
+        format: nanogpt writes a ckpt.pt, hf a folder with config.json and model.safetensors;
+            base-bf16 and base-int8 one small .safetensors file to start training from
         output: where to write; must not exist yet
     """
-    from fc_lightning.checkpoint import export as write
+    from fc_lightning.export import export as write
 
     with warnings.catch_warnings(record=True) as caught:
         written = write(checkpoint, format=format, output=output)

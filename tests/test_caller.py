@@ -19,7 +19,7 @@ from fc_lightning.caller import (
 )
 from fc_lightning.calls import FunctionCall, parse_call
 from fc_lightning.chat import decode_response, encode_command, render_response
-from fc_lightning.checkpoint import save_nanogpt
+from fc_lightning.export import save_nanogpt
 from fc_lightning.functions import load_registry, registry_from_source
 from fc_lightning.gpt import GPT, GPTConfig
 from fc_lightning.grammar import compile_grammar
@@ -133,7 +133,7 @@ def test_a_small_model_bounds_free_text_and_a_too_small_one_is_an_error() -> Non
     registry = VEHICLE
     small = FunctionCaller(untrained_gpt(block_size=256), registry)
     assert [registry.violations(call) for call in small(COMMANDS)] == [[]] * len(COMMANDS)
-    with pytest.raises(ValueError, match="128 positions are too few: .* need 207;"):
+    with pytest.raises(ValueError, match=r"128 positions are too few: .* need 207;"):
         FunctionCaller(untrained_gpt(block_size=128), registry)
 
 

@@ -17,12 +17,10 @@ from torch import nn
 
 from fc_lightning.checkpoint import (
     CheckpointError,
-    export,
     load_gpt,
     load_registry_source,
-    save_hf,
-    save_nanogpt,
 )
+from fc_lightning.export import export, save_hf, save_nanogpt, save_packed
 from fc_lightning.functions import load_registry, registry_from_source
 from fc_lightning.gpt import GPT, GPTConfig
 
@@ -347,13 +345,46 @@ def test_transformers_loads_what_is_exported_with_equal_logits(tmp_path, bias, g
     assert_same_logits(logits(again), logits(model))
 
 
+@pytest.mark.parametrize(("dtype", "largest_error"), [("bf16", 2**-8), ("int8", 0.5 / 127)])
+def test_packed_file_holds_every_weight_to_its_precision(tmp_path, dtype, largest_error):
+    model = our_gpt()
+    file = save_packed(model, tmp_path / "small.safetensors", dtype=dtype)
+    read = load_gpt(file)
+    assert read.config == model.config
+    for name, weight in model.state_dict().items():
+        row_largest = weight.abs().amax(-1, keepdim=True)
+        assert (
+            (read.state_dict()[name] - weight).abs() <= row_largest * largest_error * 1.001
+        ).all()
+    assert load_registry_source(file) is None
+
+
+def test_packed_matrices_take_one_byte_a_weight_as_int8(tmp_path):
+    model = our_gpt()
+    file = save_packed(model, tmp_path / "small.safetensors", dtype="int8")
+    stored = load_file(file)
+    num_bytes = sum(t.numel() for name, t in stored.items() if t.dtype == torch.int8)
+    assert num_bytes == sum(p.numel() for p in model.parameters() if p.ndim == 2)
+
+
+@pytest.mark.parametrize("format", ["base-bf16", "base-int8"])
+def test_exported_base_gives_special_tokens_the_mean_row(tmp_path, format):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE | {"vocab_size": 50304, "bias": False}))
+    checkpoint = save_nanogpt(model, tmp_path / "ckpt.pt")
+    file = export(checkpoint, format=format, output=tmp_path / "base.safetensors")
+    wte = load_gpt(file).transformer.wte.weight
+    assert wte.shape == (50304, 8)
+    torch.testing.assert_close(wte[50258], wte[:50257].mean(0))
+
+
 @pytest.mark.parametrize(("format", "written"), [("nanogpt", "ckpt.pt"), ("hf", "config.json")])
 def test_export_writes_any_checkpoint_in_any_format(tmp_path, format, written):
     file = saved(nanogpt_checkpoint(), tmp_path / "ckpt.pt")
     export(file, format=format, output=tmp_path / "out")
     assert (tmp_path / "out" / written).is_file()
     assert_same_logits(logits(load_gpt(tmp_path / "out")), logits(load_gpt(file)))
-    with pytest.raises(ValueError, match="format must be nanogpt or hf, not 'onnx'"):
+    with pytest.raises(ValueError, match="format must be one of nanogpt, hf"):
         export(file, format="onnx", output=tmp_path / "onnx")
 
 
@@ -369,7 +400,7 @@ def test_nothing_is_overwritten_and_an_empty_folder_is_filled(tmp_path, save):
 
 @pytest.mark.parametrize(
     ("save", "writer"),
-    [(save_nanogpt, "torch.save"), (save_hf, "fc_lightning.checkpoint.save_file")],
+    [(save_nanogpt, "torch.save"), (save_hf, "fc_lightning.export.save_file")],
 )
 def test_a_write_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch, save, writer):
     def half_written(_, path, **kwargs):
@@ -495,8 +526,9 @@ def test_the_wrong_place_is_named_with_what_is_there(tmp_path):
         CheckpointError, match=r"two checkpoints; name .*ckpt\.pt or .*config\.json"
     ):
         load_gpt(tmp_path)
+    file = save_hf(our_gpt(), tmp_path / "hf") / "model.safetensors"
     with pytest.raises(CheckpointError, match="name the folder that holds it"):
-        load_gpt(tmp_path / "model.safetensors")
+        load_gpt(file)
 
 
 @pytest.mark.parametrize(

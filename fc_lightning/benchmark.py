@@ -28,8 +28,10 @@ from fc_lightning.grammar import Place, compile_grammar
 from fc_lightning.tokenizer import PAD
 
 SHAPES = {
-    "124M": GPTConfig(n_layer=12, n_head=12, n_embd=768, bias=False),
+    "tiny": GPTConfig(n_layer=4, n_head=4, n_embd=128, bias=False),
     "20M": GPTConfig(n_layer=8, n_head=8, n_embd=256, bias=False),
+    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768, bias=False),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024, bias=False),
 }
 _DICTATION = (
     ("Make it warmer in the back",
@@ -97,7 +99,7 @@ class _Dictated:
 
 
 def benchmark_decode(
-    shapes: Sequence[str] = ("124M", "20M"),
+    shapes: Sequence[str] = ("gpt2", "20M"),
     *,
     device: str = "auto",
     num_commands: int | None = None,

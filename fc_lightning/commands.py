@@ -146,7 +146,7 @@ def inspect(
 
     registry, found = load_registry(functions), _find_row(data, split, row)
     example, console = found.example, Console(highlight=False)
-    _say(f"{found.where}\n{example.command}")
+    _say(f"{found.where}\n{example.command!r}")
     try:
         call = expected_call(found, registry)
     except DataError as error:
@@ -247,6 +247,8 @@ def _converse(caller: FunctionCaller, *, constrained: bool) -> None:
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() a history)
     console = Console(highlight=False)
+    # The first call takes a second, in which torch chooses its kernels.
+    _answer(caller, "hello", constrained=True)
     console.print(f"{len(caller.registry.functions)} functions. Say what you want; Ctrl-D ends.")
     while True:
         try:
@@ -334,7 +336,7 @@ def export(
 
 def benchmark_decode(
     *,
-    shape: Literal["124M", "20M", "all"] = "all",
+    shape: Literal["tiny", "20M", "gpt2", "gpt2-medium"] = "20M",
     device: str = "auto",
     num_commands: int | None = None,
     seconds: float = 10.0,
@@ -347,11 +349,48 @@ def benchmark_decode(
         num_commands: how many at once when many are asked; without it, 2048 on a GPU, else 32
         seconds: no measurement is repeated once it has taken so long
     """
-    from fc_lightning.benchmark import SHAPES
     from fc_lightning.benchmark import benchmark_decode as measure
 
-    shapes = tuple(SHAPES) if shape == "all" else (shape,)
-    measure(shapes, device=device, num_commands=num_commands, seconds=seconds)
+    measure((shape,), device=device, num_commands=num_commands, seconds=seconds)
+
+
+def benchmark_train(
+    *,
+    data: Path | None = None,
+    shape: Literal["tiny", "20M", "gpt2", "gpt2-medium"] = "20M",
+    device: str = "auto",
+    batch_size: int = 64,
+    dropout: float = 0.2,
+    seconds: float = 10.0,
+) -> None:
+    """Measure how fast models train, beside a loop that pads every row.
+
+    Args:
+        data: folder of example files; without one, 5,000 are synthesized
+        shape: size of the model, whose weights are random
+        device: cpu, cuda, ...; auto takes a GPU if there is one
+        batch_size: rows a step
+        dropout: probability, wherever GPT-2 has it
+        seconds: how long each way is measured
+    """
+    from fc_lightning.benchmark_train import benchmark_train as measure
+    from fc_lightning.dataset import FunctionCallDataset, Row, read_rows
+    from fc_lightning.synthesis import synthesize
+
+    if data is None:
+        examples = synthesize(load_registry(), num_examples=5_000).train
+        rows = [Row(example, Path("synthesized"), n) for n, example in enumerate(examples)]
+    else:
+        rows = read_rows(data, "train")
+    dataset = FunctionCallDataset(rows, block_size=1024)
+    measure(
+        dataset,
+        shape=shape,
+        device=device,
+        batch_size=batch_size,
+        dropout=dropout,
+        seconds=seconds,
+    )
 
 
 # ---------------------------------------------------------------- the command line
@@ -363,6 +402,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "call": call,
     "evaluate": evaluate,
     "export": export,
+    "benchmark train": benchmark_train,
     "benchmark decode": benchmark_decode,
 }
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -404,22 +444,20 @@ class _Parser(ArgumentParser):
     """A parser whose errors are one line and an exception, not the usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            option = unknown[1].partition("=")[0]
+        message = " ".join(message.split())
+        if unknown := re.match(r"unrecognized arguments: (-?)(\S+)", message):
+            option = (unknown[1] + unknown[2]).partition("=")[0]
             near = _nearest(option, self._option_string_actions)
-            raise ValueError(f"no option {option}{near or '; --help lists them'}") from ex
-        if missing := re.match(r"the following arguments are required: (.+)", message):
-            raise ValueError(f"needs --{missing[1].replace(', ', ' and --')}") from ex
-        raise ValueError(_without_python(" ".join(message.split()))) from ex
-
-
-def _without_python(message: str) -> str:
-    """A complaint of jsonargparse about a value, in the words of a command line."""
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", message)
-    return re.sub(
-        r'Parser key "(\w+)": Expected (.*?)\. Got value: ', r"--\1 takes \2, not ", message
-    )
+            what = "no option" if unknown[1] else "this is out of place:"
+            message = f"{what} {option}{near or '; --help shows what there is'}"
+        elif missing := re.match(r"the following arguments are required: (.+)", message):
+            message = f"needs --{missing[1].replace(', ', ' and --')}"
+        elif refused := re.match(r'Parser key "(\w+)": (.*)value: (.*)', message):
+            key, types, value = refused.groups()
+            choices = re.search(r"Literal\[(.*)\]", types)
+            number = "a whole number" if "int" in types else "a number"
+            message = f"--{key} takes {choices[1] if choices else number}, not {value}"
+        raise ValueError(message) from ex
 
 
 def _parser(name: str, function: Callable[..., Any]) -> _Parser:

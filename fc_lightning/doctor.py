@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class Diagnosis:
 def _place(problem: Problem) -> RenderableType:
     return Group(
         Padding(Text(problem.where), (0, 0, 0, 2)),
-        Padding(Text(problem.what, "dim"), (0, 0, 0, 4)),
+        Padding(Text(textwrap.shorten(problem.what, 200), "dim"), (0, 0, 0, 4)),
     )
 
 
@@ -159,7 +160,7 @@ def _check_row(row: Row, registry: Registry, block_size: int, problems: list[Pro
         problems.append(Problem("unreadable call", reading.where, str(error)))
     else:
         if registry.spec(call.name) is None:
-            problems.append(Problem("unknown function", reading.where, call.name))
+            problems.append(Problem("unknown function", reading.where, repr(call.name)))
         else:
             reading = _Reading(row, call)
             if violations := registry.violations(call):
@@ -261,5 +262,4 @@ def _gaps(
     calls = [reading.call for reading in train if reading.call]
     for (name, argument), values in never_said(registry, calls).items():
         if name in trained:
-            shown = ", ".join(values[:8]) + (f" and {len(values) - 8} more" * (len(values) > 8))
-            yield Problem("never in training", f"{name}: {argument}", shown)
+            yield Problem("never in training", f"{name}: {argument}", ", ".join(values))

@@ -5,6 +5,9 @@ Shapes: N states, C width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -34,7 +37,7 @@ class _HeadCrossEntropySum(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad)
         d_states = torch.empty_like(states) if needs_gradient else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
-        size = min(4096 if states.is_cuda else 1024, max(1, len(states)))
+        size = min(8192 if states.is_cuda else 1024, max(1, len(states)))
         buffer = states.new_empty(size, len(weight))
         for start in range(0, len(states), size):
             chunk, ids = states[start : start + size], targets[start : start + size]
@@ -55,6 +58,8 @@ class _HeadCrossEntropySum(torch.autograd.Function):
 
 def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """Turn logits (N, V) in place into the loss's gradient by them; returns the summed loss."""
+    if logits.is_cuda and find_spec("triton") is not None:
+        return _fused()(logits, targets[:, None])
     loss = torch.zeros((), device=logits.device)
     # On a CPU, 16 rows in fp32 stay in the cache for all five passes: 25 % less time than 128.
     size = 4096 if logits.is_cuda else 16
@@ -66,6 +71,20 @@ def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
         softmax.sub_(normalizer).exp_()
         softmax.scatter_add_(1, ids, softmax.new_full(ids.shape, -1.0))
         part.copy_(softmax)
+    return loss
+
+
+@functools.cache
+def _fused() -> Callable[[Tensor, Tensor], Tensor]:
+    """One kernel that reads the logits twice and writes them once; made at the first use."""
+    return torch.compile(_to_gradient_at_once, dynamic=True)
+
+
+def _to_gradient_at_once(logits: Tensor, targets: Tensor) -> Tensor:
+    normalizer = logits.float().logsumexp(dim=1, keepdim=True)
+    loss = (normalizer - logits.gather(1, targets).float()).sum()
+    is_target = torch.arange(logits.size(1), device=logits.device) == targets
+    logits.copy_((logits.float() - normalizer).exp() - is_target.float())
     return loss
 
 

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens fed at once, K allowed ids, V vocabulary, C width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -86,7 +86,7 @@ class _Row:
     allow: Allow
     log_probability: float = 0.0
     num_decisions: int = 0
-    is_done: bool = field(default=False)
+    is_done: bool = False
 
     def extend(self, ids: Sequence[int], max_new_tokens: int) -> None:
         room = max_new_tokens - (len(self.ids) - self.num_prompt)
@@ -224,10 +224,11 @@ def _feed(model: GPT, rows: list[_Row], cache: KVCache) -> Tensor:
     ends = [len(row.ids) for row in rows]
     ids = [[row.ids[0]] * (T - end) + row.ids[-T:] for row, end in zip(rows, ends, strict=True)]
     positions = torch.tensor(ends)[:, None] + torch.arange(-T, 0)  # (B, T)
+    num_visible = min(-(-max(ends) // 8) * 8, cache.num_positions)  # kernels want masks in eights
     states = model.hidden_states(
         torch.tensor(ids, device=device),
         positions=positions.clamp(min=0).to(device),
-        cache=cache.first(max(ends)),
+        cache=cache.first(num_visible),
     )
     for row, end in zip(rows, ends, strict=True):
         row.num_cached = end

@@ -47,7 +47,7 @@ class Place:
     """
 
     def __init__(self, matcher: LLMatcher, ids: list[int], text_end: int) -> None:
-        """The place after `ids`, the last `text_end` of which stand in or before free text."""
+        """The place after `ids`, whose first `text_end` end with the last token of free text."""
         self.forced, self.allowed = _advance(matcher, ids, text_end)
         self._matcher, self._ids, self._text_end = matcher, [*ids, *self.forced], text_end
         self._next: dict[int, Place] = {}

@@ -33,8 +33,8 @@ class FunctionCallModule(L.LightningModule):
     """Trains a GPT on whatever a `Batch` holds: (command, call) rows, or windows of text.
 
     Args:
-        pretrained_dir: a nanoGPT ckpt.pt or its folder, a Hugging Face GPT-2 folder, or a
-            Lightning .ckpt. Without one, a new model of the shape below.
+        pretrained_dir: "base" for the one that ships, a nanoGPT ckpt.pt or its folder, a Hugging
+            Face GPT-2 folder, or a Lightning .ckpt. Without one, a new model of the shape below.
         n_layer, n_head, n_embd, block_size: the shape of a new model; with a pretrained one,
             only block_size counts, which crops it.
         learning_rate, min_lr: peak and final learning rate.

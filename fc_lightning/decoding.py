@@ -150,11 +150,16 @@ def generate(
     while not all(row.is_done for row in rows):
         rows, cache = _fit(rows, cache)
         states = _feed(model, rows, cache)
-        allowed = [row.allow.allowed for row in rows]
-        choices = choose(model, states, allowed, temperature=temperature, generator=generator)
-        for row, (token, log_probability) in zip(rows, choices, strict=True):
-            if row.is_done:
-                continue
+        going_on = [place for place, row in enumerate(rows) if not row.is_done]
+        choices = choose(
+            model,
+            states[going_on],
+            [rows[place].allow.allowed for place in going_on],
+            temperature=temperature,
+            generator=generator,
+        )
+        for place, (token, log_probability) in zip(going_on, choices, strict=True):
+            row = rows[place]
             row.allow = row.allow.after(token)
             row.log_probability += log_probability
             row.num_decisions += 1

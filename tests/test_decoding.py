@@ -138,6 +138,20 @@ def test_each_row_may_be_allowed_something_else() -> None:
         assert alone.ids == generation.ids
 
 
+def test_rows_that_end_early_do_not_disturb_sampling() -> None:
+    scripts = [Script(SCRIPT.runs[1:]), *[SCRIPT] * 7]  # one of eight stays in the batch, done
+    prompts = [[5, 6, n] for n in range(8)]
+    generations = generate(
+        tiny_gpt(),
+        prompts,
+        max_new_tokens=9,
+        allow=scripts,
+        temperature=1.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert [g.num_decisions for g in generations] == [2] + [3] * 7
+
+
 def test_log_probability_is_that_of_the_chosen_tokens() -> None:
     model = tiny_gpt()
     (generation,) = generate(model, [[5, 6]], max_new_tokens=3)

@@ -93,7 +93,7 @@ class TextWindows(Dataset[Batch]):
     ) -> None:
         self.shards, self.block_size = shards, block_size
         self.shard_of = np.repeat(np.arange(len(shards)), [len(s) for s in starts])
-        self.starts = np.concatenate(starts)
+        self.starts = np.concatenate([np.empty(0, dtype=np.int64), *starts])
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -130,7 +130,7 @@ def cut_windows(
         once = np.arange(random.integers(block_size), num_tokens - block_size, block_size)
         share = min(1.0, weight - num_passes)
         starts.append(random.permutation(once)[: round(share * len(once))])
-    return np.concatenate(starts) if starts else np.empty(0, dtype=np.int64)
+    return np.concatenate(starts)
 
 
 class TextDataModule(L.LightningDataModule):

@@ -108,7 +108,7 @@ def test_every_option_has_its_help(run, command):
 
 def imported_by(code):
     """Which of the heavy packages a fresh Python has imported after `code`."""
-    heavy = ("torch", "lightning", "torchmetrics", "transformers")
+    heavy = ("torch", "torch._dynamo", "lightning", "torchmetrics", "transformers")
     code = f"{code}\nimport sys\nprint('heavy:', *(m for m in {heavy} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.rpartition("heavy:")[2].split()
@@ -195,7 +195,8 @@ def test_inspect_shows_the_row_of_a_folder_as_it_is_trained(run, tmp_path):
         "'fan low'",
         "set_fan_speed(speed='low', area=['driver', 'rear-left'])",
     ]
-    assert "<|eop_token|>" in out
+    trained = out.partition("tokens trained")[2]
+    assert trained.index("driver") < trained.index("left")
     file_out = run("inspect", "--data", tmp_path / "b_train.json", "--row", 1)[1]
     assert file_out == out
 

@@ -247,8 +247,6 @@ def _converse(caller: FunctionCaller, *, constrained: bool) -> None:
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (gives input() a history)
     console = Console(highlight=False)
-    # The first call takes a second, in which torch chooses its kernels.
-    _answer(caller, "hello", constrained=True)
     console.print(f"{len(caller.registry.functions)} functions. Say what you want; Ctrl-D ends.")
     while True:
         try:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fc_lightning.calls import FunctionCall
 from fc_lightning.chat import make_example
-from fc_lightning.dataset import DataError
+from fc_lightning.dataset import DataError, FunctionCallDataset, Row
 from fc_lightning.doctor import FIXES, Problem, diagnose
 from fc_lightning.functions import registry_from_source
 
@@ -140,14 +140,14 @@ def test_commands_that_nobody_could_say_are_found(found_in):
     assert [p.what for p in problems[1:3]] == ["'dim it'", "'You are a lamp.'"]
 
 
-def test_a_row_of_exactly_block_size_tokens_fits(found_in):
-    problems = found_in(block_size=40)
-    longest = max(int(p.what.split()[0]) for p in problems)
-    assert {p.kind for p in problems} == {"too long"}
-    assert len(problems) == len(TRAIN) + len(TEST)
+def test_a_row_is_too_long_where_training_would_leave_it_out(found_in):
+    rows = [Row(make_example(*pair), Path(), n) for n, pair in enumerate(TRAIN)]
+    longest = max(length for _, length in FunctionCallDataset(rows, block_size=1).too_long)
+    assert FunctionCallDataset(rows, block_size=longest).too_long == []
     assert found_in(block_size=longest) == []
     [problem, *_] = found_in(block_size=longest - 1)
-    assert problem.what == f"{longest} tokens, {longest - 1} fit"
+    assert (problem.kind, problem.what) == ("too long", f"{longest} tokens, {longest - 1} fit")
+    assert len(found_in(block_size=40)) == len(TRAIN) + len(TEST)
 
 
 def test_calls_and_values_that_never_occur_are_named(tmp_path):
@@ -160,6 +160,12 @@ def test_calls_and_values_that_never_occur_are_named(tmp_path):
         Problem("never in training", "set_lamp: rooms", "attic, den, 1 of 2, 2 of 2"),
         Problem("never in test", "set_lamp", "no row with this function"),
     ]
+
+
+def test_a_function_is_tested_by_its_incomplete_form_too(tmp_path):
+    for name, pairs in (("train", TRAIN), ("test", [("do set it", HALF)])):
+        (tmp_path / f"{name}.json").write_text(json.dumps([entry(*pair) for pair in pairs]))
+    assert diagnose(tmp_path, REGISTRY).problems == []
 
 
 @pytest.mark.parametrize(

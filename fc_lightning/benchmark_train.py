@@ -141,7 +141,8 @@ def _padded(
     num_repeats: int = 1,
 ) -> Iterator[tuple[Step, list[int]]]:
     """Rows in random order, all positions through the head; to `length`, or the batch's longest."""
-    forward = torch.compile(GPT.forward) if module.hparams.compile else GPT.forward
+    forward = torch.compile(GPT.forward, dynamic=False) if length else GPT.forward
+    forward = forward if module.hparams.compile else GPT.forward
     random = np.random.default_rng(0)
     while True:
         rows = random.choice(len(dataset), batch_size, replace=False).tolist()

@@ -52,6 +52,8 @@ class FunctionCallDataModule(L.LightningDataModule):
         functions: the domain's YAML file; without one, the vehicle's eighteen functions.
         canonical_targets: rewrite every call with keys in schema order and arrays in enum order
             when reading, so that the model isn't asked to guess a random order.
+        pad_to_multiple_of: pads batches to few lengths, for each of which a compiled model is
+            compiled; 16 on a GPU.
         num_examples: how many to synthesize, test rows included.
         seed: of synthesis and of the order of training rows.
     """
@@ -64,6 +66,7 @@ class FunctionCallDataModule(L.LightningDataModule):
         num_workers: int = 0,
         functions: str | None = None,
         canonical_targets: bool = True,
+        pad_to_multiple_of: int = 1,
         num_examples: int = 25_000,
         seed: int = 1337,
     ) -> None:
@@ -75,6 +78,7 @@ class FunctionCallDataModule(L.LightningDataModule):
         self.fc_data_dir = Path(fc_data_dir) if fc_data_dir is not None else None
         self.batch_size, self.block_size, self.num_workers = batch_size, block_size, num_workers
         self.canonical_targets, self.num_examples, self.seed = canonical_targets, num_examples, seed
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.registry: Registry = load_registry(functions)
         self.train_set: FunctionCallDataset | None = None
         self.val_set: FunctionCallDataset | None = None
@@ -130,7 +134,9 @@ class FunctionCallDataModule(L.LightningDataModule):
                 for row, call in zip(rows, calls, strict=True)
             ]
         block_size = self._block_size()
-        encoded = FunctionCallDataset(rows, block_size=block_size)
+        encoded = FunctionCallDataset(
+            rows, block_size=block_size, pad_to_multiple_of=self.pad_to_multiple_of
+        )
         if encoded.too_long:
             shown = [f"{row.where}: {length} tokens" for row, length in encoded.too_long[:5]]
             more = len(encoded.too_long) - len(shown)

@@ -175,10 +175,13 @@ class Batch(NamedTuple):
 class FunctionCallDataset(Dataset[Batch]):
     """Encoded rows in flat arrays. Indexed by a list of rows, it gives their `Batch`."""
 
-    def __init__(self, rows: Sequence[Row], *, block_size: int) -> None:
+    def __init__(
+        self, rows: Sequence[Row], *, block_size: int, pad_to_multiple_of: int = 1
+    ) -> None:
         """Encode `rows`; those with more than `block_size` tokens are left out, never cut.
 
-        `too_long` lists what was left out, with the number of tokens each row needs.
+        `too_long` lists what was left out, with the number of tokens each row needs. Batches are
+        padded so that P + T is a multiple of `pad_to_multiple_of`, or `block_size`.
         """
         encoded = [encode_example(row.example) for row in rows]
         # The last id is a target only, so a row of L ids needs L - 1 positions.
@@ -195,6 +198,7 @@ class FunctionCallDataset(Dataset[Batch]):
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
         self.ids = np.fromiter((i for e in kept for i in e.ids), dtype=np.uint16)
         self.prefix_length = self._shared_prefix_length()
+        self.block_size, self.multiple = block_size, pad_to_multiple_of
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -206,10 +210,11 @@ class FunctionCallDataset(Dataset[Batch]):
     def __getitem__(self, rows: list[int]) -> Batch:
         P = self.prefix_length
         lengths = self.lengths[rows] - 1 - P  # inputs after the prefix
-        at = np.arange(lengths.max())
+        padded = -(-(P + int(lengths.max())) // self.multiple) * self.multiple
+        at = np.arange(min(padded, self.block_size) - P)
         is_real = at < lengths[:, None]  # (B, T)
-        source = self.starts[rows][:, None] + P + at
-        ids = np.where(is_real, self.ids[np.where(is_real, source, 0)], PAD)
+        source = np.where(is_real, self.starts[rows][:, None] + P + at, 0)
+        ids = np.where(is_real, self.ids[source], PAD)
         is_trained = is_real & (at >= self.prompt_lengths[rows][:, None] - 1 - P)
         return Batch(
             torch.from_numpy(self.row_ids(rows[0])[:P].astype(np.int64)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -230,7 +230,12 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden_states(ids, positions=positions, cache=cache))
 
     def hidden_states(
-        self, ids: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        run_block: Callable[..., Tensor] = Block.forward,
     ) -> Tensor:
         """Token ids (B, T) to the states (B, T, C) that `lm_head` turns into logits.
 
@@ -238,6 +243,8 @@ class GPT(nn.Module):
         are written there, and a token sees every cached position up to its own. Rows may stand at
         different positions, so prompts of unequal length need no left padding: what is written
         beyond a row's end is overwritten before any token can see it.
+
+        `run_block` runs a block in its own way, compiled for instance.
 
         Raises:
             ValueError: more tokens than the model has positions.
@@ -254,10 +261,16 @@ class GPT(nn.Module):
         where = torch.arange(ids.size(1), device=ids.device) if positions is None else positions
         x = self.transformer.drop(self.transformer.wte(ids) + self.transformer.wpe(where))
         for block in self.transformer.h:
-            x = block(x, positions, cache, is_visible)
+            x = run_block(block, x, positions, cache, is_visible)
         return self.transformer.ln_f(x)
 
-    def hidden_states_after(self, prefix: Tensor, ids: Tensor) -> Tensor:
+    def hidden_states_after(
+        self,
+        prefix: Tensor,
+        ids: Tensor,
+        *,
+        run_block: Callable[..., Tensor] = Block.forward_shared,
+    ) -> Tensor:
         """States (B, T, C) of rows (B, T) that all follow the same prefix (P,).
 
         The same as `hidden_states` of each row with the prefix before it, less the prefix's own
@@ -278,7 +291,7 @@ class GPT(nn.Module):
         at = torch.cat([where[:P], where[P:].repeat(B)])
         x = self.transformer.drop(tokens + self.transformer.wpe(at))
         for block in self.transformer.h:
-            x = block.forward_shared(x, B, is_visible)
+            x = run_block(block, x, B, is_visible)
         return self.transformer.ln_f(x[P:]).view(B, T, -1)
 
     def num_parameters(self) -> int:

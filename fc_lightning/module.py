@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fc_lightning.checkpoint import CheckpointError, load_gpt
 from fc_lightning.dataset import Batch
-from fc_lightning.gpt import GPT, GPTConfig
+from fc_lightning.gpt import GPT, Block, GPTConfig
 from fc_lightning.loss import head_cross_entropy_sum
 from fc_lightning.optimizers import MuonAdamW, param_groups
 from fc_lightning.tokenizer import NUM_TOKENS
@@ -107,12 +107,13 @@ class FunctionCallModule(L.LightningModule):
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the trained tokens of a batch, in nats, ()."""
-        # Functions that take the model, since a checkpoint may replace it.
         run = _compiled if self.training and self.hparams.compile else _as_it_is
         if batch.prefix.numel():
-            hidden = run(GPT.hidden_states_after)(self.gpt, batch.prefix, batch.ids)  # (B, T, C)
+            hidden = self.gpt.hidden_states_after(
+                batch.prefix, batch.ids, run_block=run(Block.forward_shared)
+            )  # (B, T, C)
         else:
-            hidden = run(GPT.hidden_states)(self.gpt, batch.ids)
+            hidden = self.gpt.hidden_states(batch.ids, run_block=run(Block.forward))
         trained = hidden.flatten(0, 1).index_select(0, batch.trained_at)  # (N, C)
         return head_cross_entropy_sum(trained, self.gpt.lm_head.weight, batch.targets)
 
@@ -310,9 +311,11 @@ class FunctionCallModule(L.LightningModule):
 
 
 @functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Static for the first shapes it meets; if others follow, once more for any of them."""
-    return torch.compile(function, fullgraph=True)
+def _compiled(run_block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for each shape it meets: one block in seconds, where the whole network takes half a
+    minute. Shapes are static: with dynamic ones torch 2.11 fails in LayerNorm's backward."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(run_block, dynamic=False, fullgraph=True)
 
 
 def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -95,7 +95,6 @@ class SampleCalls(L.Callback):
         if sample_interval < 1 or num_samples < 1:
             raise ValueError("sample_interval and num_samples must be at least 1")
         self.sample_interval, self.num_samples = sample_interval, num_samples
-        self._last_step = 0
 
     def on_train_batch_end(
         self,
@@ -106,9 +105,9 @@ class SampleCalls(L.Callback):
         batch_idx: int,
     ) -> None:
         step = trainer.global_step
-        if step == self._last_step or step % self.sample_interval or not _has_calls(trainer):
+        is_mid_step = trainer.fit_loop._should_accumulate()
+        if is_mid_step or step % self.sample_interval or not _has_calls(trainer):
             return
-        self._last_step = step
         data = trainer.datamodule
         for name, dataset in (("train", data.train_set), ("val", data.val_set)):
             # Other commands at each sampling, the same on every rank and in every run.

@@ -83,7 +83,8 @@ class SaveLast(Checkpoint):
         self._signal = 0
         self._signalled_at = 0.0
         self._handlers: dict[int, Any] = {}
-        self._owes_validation = False
+        self._owes_validation = self._is_in_batch_end = self._is_in_epoch_end = False
+        self._unlogged: dict[str, Any] | None = None
         self._saved_at: tuple[int, int] | None = None
 
     # ---------------------------------------------------------------- when to write
@@ -91,6 +92,7 @@ class SaveLast(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
+        self._is_in_batch_end = True
         if _is_validation_next(trainer):
             # Written after it; but a signal doesn't wait for a validation: it is made up for.
             self._stop_if_asked(trainer, owes_validation=True)
@@ -100,6 +102,7 @@ class SaveLast(Checkpoint):
             if is_step_done and (is_last or trainer.global_step % self.every_n_steps == 0):
                 self._save(trainer)
             self._stop_if_asked(trainer)
+        self._is_in_batch_end = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # Not under DDP, where one rank may have a batch more than another.
@@ -117,8 +120,10 @@ class SaveLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _is_epoch_over(trainer):  # and not cut short by max_steps
+            self._is_in_epoch_end = True
             self._save(trainer)
             self._stop_if_asked(trainer)
+            self._is_in_epoch_end = False
 
     # ---------------------------------------------------------------- writing
 
@@ -142,8 +147,25 @@ class SaveLast(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        fit_loop = checkpoint["loops"]["fit_loop"]
         if self._owes_validation:
-            _mark_validation_as_due(checkpoint["loops"]["fit_loop"])
+            _mark_validation_as_due(fit_loop)
+        if self._is_in_epoch_end:
+            _mark_epoch_as_open(fit_loop, trainer)
+        if self._is_in_batch_end and not trainer.fit_loop._should_accumulate():
+            # Lightning logs a step after these hooks: should the run end here, the next one does.
+            checkpoint["unlogged"] = _step_metrics(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._unlogged = checkpoint.get("unlogged")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._unlogged:
+            for logger in trainer.loggers:
+                logger.log_metrics(**self._unlogged)
+        self._unlogged = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _is_validating_in_fit(trainer):
@@ -224,6 +246,16 @@ def _is_validation_next(trainer: L.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
 
+def _step_metrics(trainer: L.Trainer) -> dict[str, Any] | None:
+    """What Lightning is about to log for the step just done, if anything."""
+    connector = trainer._logger_connector
+    if not connector.should_update_logs:
+        return None
+    metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return {"metrics": metrics | {"epoch": trainer.current_epoch}, "step": step}
+
+
 def _mark_validation_as_due(fit_loop: dict[str, Any]) -> None:
     """Let a run that goes on from this state begin with the validation after its last batch.
 
@@ -236,3 +268,16 @@ def _mark_validation_as_due(fit_loop: dict[str, Any]) -> None:
     validation = fit_loop["epoch_loop.val_loop.batch_progress"]
     validation["current"].update(ready=0, started=0, processed=0, completed=0)
     validation["total"].update(ready=1, started=1, processed=0, completed=0)
+
+
+def _mark_epoch_as_open(fit_loop: dict[str, Any], trainer: L.Trainer) -> None:
+    """Let a run that goes on from this state, written at an epoch's end, begin with that end.
+
+    A run that is limited by max_steps would count the epoch a second time otherwise.
+    """
+    for progress in (fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"]):
+        progress["processed"] -= 1
+    if _is_validation_next(trainer):  # it has been; to pass over it, Lightning counts a step
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+    for loader in fit_loop["state_dict"]["combined_loader"]:
+        loader["num_yielded"] = len(trainer.train_dataloader)  # whatever limit_train_batches was

@@ -150,6 +150,9 @@ def test_synthesized_examples_are_written_counted_and_repeatable(run, tmp_path):
     count = sum('"name": "set_temperature"' in row["assistant"] for row in train)
     [line] = [line.split() for line in out.splitlines() if line.startswith(" set_temperature ")]
     assert line[1] == str(count)
+    said = {row["assistant"] for row in train if '"name": "set_cruise_control"' in row["assistant"]}
+    [line] = [line for line in out.splitlines() if line.startswith(" set_cruise_control ")]
+    assert f"speed ({150 - 10 + 1 - len(said)})" in line
     run(*args, tmp_path / "b")
     for name in ("fc_train.json", "fc_test.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

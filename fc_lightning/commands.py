@@ -6,29 +6,24 @@ long to import is imported by the command that needs it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
-import inspect as introspection
 import json
-import re
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
-import docstring_parser
-from jsonargparse import ArgumentParser
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fc_lightning.calls import INCOMPLETE_PREFIX, FunctionCall, parse_call
+from fc_lightning.command_line import nearest, run
 from fc_lightning.functions import Registry, load_registry
 
 if TYPE_CHECKING:
@@ -415,70 +410,9 @@ def main(args: list[str]) -> None:
     if name not in COMMANDS:
         if longer := [n for n in COMMANDS if n.startswith(f"{args[0]} ")]:
             raise ValueError(f"say what to measure: {', '.join(longer)}")
-        near = _nearest(name, [*COMMANDS, *_TRAINER_COMMANDS])
+        near = nearest(name, [*COMMANDS, *_TRAINER_COMMANDS])
         raise ValueError(f"no such command{near or '; python -m fc_lightning --help lists them'}")
-    function = COMMANDS[name]
-    function(**_parser(name, function).parse_args(options))
-
-
-class _Help(argparse.HelpFormatter):
-    """Help of argparse, with defaults, and without the types of Python."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return action.help or ""
-        if action.required:
-            return f"{action.help} (required)"
-        return (
-            f"{action.help} (default: %(default)s)"
-            if action.default is not None
-            else action.help or ""
-        )
-
-
-class _Parser(ArgumentParser):
-    """A parser whose errors are one line and an exception, not the usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = " ".join(message.split())
-        if unknown := re.match(r"unrecognized arguments: (-?)(\S+)", message):
-            option = (unknown[1] + unknown[2]).partition("=")[0]
-            near = _nearest(option, self._option_string_actions)
-            what = "no option" if unknown[1] else "this is out of place:"
-            message = f"{what} {option}{near or '; --help shows what there is'}"
-        elif missing := re.match(r"the following arguments are required: (.+)", message):
-            message = f"needs --{missing[1].replace(', ', ' and --')}"
-        elif refused := re.match(r'Parser key "(\w+)": (.*)value: (.*)', message):
-            key, types, value = refused.groups()
-            choices = re.search(r"Literal\[(.*)\]", types)
-            number = "a whole number" if "int" in types else "a number"
-            message = f"--{key} takes {choices[1] if choices else number}, not {value}"
-        raise ValueError(message) from ex
-
-
-def _parser(name: str, function: Callable[..., Any]) -> _Parser:
-    """The command line of a function: its arguments as options, but `text` by position."""
-    said = docstring_parser.parse(function.__doc__ or "")
-    about = {argument.arg_name: argument.description for argument in said.params}
-    parser = _Parser(
-        prog=f"python -m fc_lightning {name}",
-        description=said.description,
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    parameters = introspection.signature(function).parameters
-    flags = {n for n, parameter in parameters.items() if parameter.annotation == "bool"}
-    if "text" in parameters:
-        parser.add_argument("text", nargs="*", metavar="TEXT", help=about["text"])
-    parser.add_function_arguments(function, as_group=False, skip={*flags, "text"})
-    for flag in sorted(flags):
-        parser.add_argument(f"--{flag}", action="store_true", help=about[flag])
-    return parser
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; the nearest is {near[0]}" if near else ""
+    run(name, COMMANDS[name], options)
 
 
 def _say(line: str) -> None:

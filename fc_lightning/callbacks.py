@@ -9,75 +9,19 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from fc_lightning.calls import FunctionCall, calls_equal, parse_call
-from fc_lightning.chat import decode_response, encode_command
-from fc_lightning.dataset import Batch, FunctionCallDataset
-from fc_lightning.decoding import generate
+from fc_lightning.dataset import Batch
 from fc_lightning.functions import Registry
-from fc_lightning.metrics import CallMetrics, confusion_figure, read_call
-
-_HEADLINES = ("call_match", "function_match", "argument_match", "argument_f1", "valid")
-
-
-class Prediction(NamedTuple):
-    """A command, the call it should be, and what the model made of it."""
-
-    command: str
-    expected: FunctionCall
-    text: str
-    predicted: FunctionCall | None
-
-    @property
-    def is_match(self) -> bool:
-        return self.predicted is not None and calls_equal(self.expected, self.predicted)
-
-    @property
-    def shown(self) -> str:
-        """The predicted call, or the start of what can't be read as one, on one line."""
-        if self.predicted is not None:
-            return str(self.predicted)
-        return f"unreadable: {' '.join(self.text.split())[:200]!r}"
-
-
-def predict_rows(
-    module: L.LightningModule, dataset: FunctionCallDataset, rows: Sequence[int]
-) -> list[Prediction]:
-    """Greedy predictions for `rows` of a dataset, by this rank alone."""
-    examples = [dataset.rows[row].example for row in rows]
-    if not examples:
-        return []
-    prompts = [encode_command(example.command, system=example.system) for example in examples]
-    # A model that never ends its response is cut soon after the longest one that is right.
-    longest = int((dataset.lengths - dataset.prompt_lengths).max()) + 8
-    max_new_tokens = min(longest, module.block_size - max(map(len, prompts)))
-    with _evaluating(module):
-        texts = [
-            decode_response(generation.ids)
-            for generation in generate(module.gpt, prompts, max_new_tokens=max_new_tokens)
-        ]
-    return [
-        Prediction(example.command, parse_call(example.assistant), text, read_call(text))
-        for example, text in zip(examples, texts, strict=True)
-    ]
-
-
-@contextmanager
-def _evaluating(module: L.LightningModule) -> Iterator[None]:
-    """The module without dropout and gradients, in the Trainer's precision."""
-    was_training = module.training
-    module.eval()
-    with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-        yield
-    module.train(was_training)
+from fc_lightning.metrics import CallMetrics, confusion_figure
+from fc_lightning.predictions import Prediction, predict_rows
+from fc_lightning.ranks import gather, share
 
 
 class SampleCalls(L.Callback):
@@ -113,8 +57,9 @@ class SampleCalls(L.Callback):
             # Other commands at each sampling, the same on every rank and in every run.
             random = np.random.default_rng(step)
             rows = random.permutation(len(dataset))[: self.num_samples].tolist()
-            mine = predict_rows(pl_module, dataset, _share(rows, trainer))
-            predictions = sorted(_gather(mine, trainer), key=lambda p: p.is_match)
+            mine = predict_rows(pl_module, dataset, share(rows))
+            gathered = itertools.chain.from_iterable(gather(mine))
+            predictions = sorted(gathered, key=lambda p: (p.is_match, p.row))
             if trainer.is_global_zero:
                 self._write(trainer, name, predictions)
 
@@ -191,7 +136,7 @@ class ValidateCalls(L.Callback):
             return
         rows = np.linspace(0, len(dataset) - 1, num_rows).astype(int)
         by_length = rows[np.argsort(dataset.prompt_lengths[rows], kind="stable")].tolist()
-        mine = _share(by_length, trainer)
+        mine = share(by_length)
         batches = (mine[i : i + 256] for i in range(0, len(mine), 256))
         self.predictions = [p for batch in batches for p in predict_rows(module, dataset, batch)]
         metrics = score(trainer.datamodule.registry, self.predictions, module.device)
@@ -294,20 +239,6 @@ def _now(device: torch.device) -> float:
 def _has_calls(trainer: L.Trainer) -> bool:
     """Whether the data are commands and their calls; of plain text there is nothing to call."""
     return hasattr(trainer.datamodule, "registry")
-
-
-def _share(rows: list[int], trainer: L.Trainer) -> list[int]:
-    """This rank's part of `rows`."""
-    return rows[trainer.global_rank :: trainer.world_size]
-
-
-def _gather(mine: list[Any], trainer: L.Trainer) -> list[Any]:
-    """The items of all ranks, in one list."""
-    if trainer.world_size == 1:
-        return mine
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, mine)
-    return list(itertools.chain.from_iterable(parts))
 
 
 def _tensorboard(trainer: L.Trainer) -> Iterator[Any]:

@@ -7,6 +7,7 @@ The commands that need no Trainer are in commands.py.
 from __future__ import annotations
 
 import difflib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
@@ -23,7 +24,10 @@ from rich.table import Table
 from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls
 from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.datamodule import FunctionCallDataModule
+from fc_lightning.durability import SaveLast
+from fc_lightning.failures import ExplainFailures, is_out_of_memory
 from fc_lightning.module import FunctionCallModule
+from fc_lightning.ranks import gather
 from fc_lightning.textdata import TextDataModule
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -49,7 +53,8 @@ class FunctionCallCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data module shares rows out exactly
                 "default_root_dir": "outputs",
                 "log_every_n_steps": 10,
-                "callbacks": [LearningRateMonitor("step")],
+                "callbacks": [LearningRateMonitor("step"), ExplainFailures()],
+                "plugins": [{"class_path": "fc_lightning.durability.AtomicCheckpointIO"}],
             },
             seed_everything_default=1337,
             auto_configure_optimizers=False,
@@ -63,11 +68,12 @@ class FunctionCallCLI(LightningCLI):
             {
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
+                "checkpoint.save_on_train_epoch_end": False,  # after each validation instead
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.enable_version_counter": False,
             }
         )
+        parser.add_lightning_class_args(SaveLast, "last")
         parser.add_lightning_class_args(SampleCalls, "samples")
         parser.add_lightning_class_args(ValidateCalls, "calls")
         parser.add_lightning_class_args(Throughput, "throughput")
@@ -110,6 +116,18 @@ class FunctionCallCLI(LightningCLI):
         if self.trainer.is_global_zero:
             Console().print(_measures_table(self.trainer.callback_metrics, "test"))
 
+    def after_predict(self) -> None:
+        """Write what was predicted on all ranks to one file, and say where it is."""
+        batches = gather(self.trainer.predict_loop.predictions)
+        if self.trainer.is_global_zero:
+            lines = [line for of_rank in batches for batch in of_rank for line in batch]
+            lines.sort(key=lambda line: (line["file"], line["row"]))
+            file = Path(self.trainer.default_root_dir) / "predictions.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.write_text(text, encoding="utf-8")
+            print(f"{len(lines):,} predictions are in {file}")
+
     def _say_result(self, best: str) -> None:
         console = Console()
         console.print(_measures_table(self.trainer.callback_metrics, "val"))
@@ -149,7 +167,12 @@ def main(args: list[str]) -> None:
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own
     # Right: batches are collated in 0.1 ms, so workers would only take the cores from training.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    FunctionCallCLI(args)
+    try:
+        FunctionCallCLI(args)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError("\n".join(getattr(error, "__notes__", [str(error)]))) from error
 
 
 def _best_precision() -> str:

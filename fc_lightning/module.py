@@ -26,6 +26,8 @@ from fc_lightning.dataset import Batch
 from fc_lightning.gpt import GPT, Block, GPTConfig
 from fc_lightning.loss import head_cross_entropy_sum
 from fc_lightning.optimizers import MuonAdamW, param_groups
+from fc_lightning.predictions import as_plain, predict_rows
+from fc_lightning.ranks import gather
 from fc_lightning.tokenizer import NUM_TOKENS
 
 
@@ -185,6 +187,12 @@ class FunctionCallModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test/loss")
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """The calls that the model makes of a batch's commands (see `predictions.as_plain`)."""
+        dataset = self.trainer.datamodule.val_set
+        # Plain, since Lightning takes what is returned apart and refuses a frozen dataclass.
+        return [as_plain(p, dataset) for p in predict_rows(self, dataset, batch.rows)]
+
     def _log_evaluation(self, name: str) -> None:
         """Log the mean loss of a trained token over the batches of all ranks, some with none."""
         loss = sum(loss.double().item() for loss, _ in self._evaluated)
@@ -203,7 +211,7 @@ class FunctionCallModule(L.LightningModule):
         registry = getattr(getattr(self.trainer, "datamodule", None), "registry", None)
         if registry is not None:
             checkpoint["registry"] = json.loads(json.dumps(registry.source, default=str))
-        checkpoint["ranks"] = _gather(self._run_state())
+        checkpoint["ranks"] = gather(self._run_state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's shape; learning rate and the like stay as they were asked for."""
@@ -320,12 +328,3 @@ def _compiled(run_block: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return function
-
-
-def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of all ranks, in order."""
-    if not torch.distributed.is_initialized():
-        return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls
 from fc_lightning.caller import computes_in_bfloat16
+from fc_lightning.checkpoint import load_plain
 from fc_lightning.datamodule import FunctionCallDataModule
 from fc_lightning.durability import SaveLast
 from fc_lightning.failures import ExplainFailures, is_out_of_memory
@@ -30,6 +32,7 @@ from fc_lightning.module import FunctionCallModule
 from fc_lightning.ranks import gather
 from fc_lightning.textdata import TextDataModule
 
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -80,20 +83,25 @@ class FunctionCallCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         _reject_unknown_keys(args, self._subcommand_parsers)
+        self._said = {key for key, _ in _said_keys(args)}
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the config as it was said.
+        """Train as the checkpoint was trained, but for what the command line and configs say.
 
-        Lightning would put a checkpoint's hyperparameters over those of the command line. Here
-        the config says how to train, and the checkpoint what was learned and its shape.
+        Lightning would put a checkpoint's hyperparameters over those of the command line.
         """
-
-    def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
+        config = self.config[self.config.subcommand]
         root = Path(config.trainer.default_root_dir or ".")
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(root / "checkpoints")
+        last = Path(config.checkpoint.dirpath) / "last.ckpt"
+        file = last if config.ckpt_path == "last" else Path(config.ckpt_path or "")
+        if file.is_file():
+            _take_hyperparameters(config.model, load_plain(file), self._said, file)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
         data_dir = config.data.get("fc_data_dir")
         if data_dir is not None and not Path(data_dir).is_dir():
             raise ValueError(f"data.fc_data_dir {data_dir}: no such folder")
@@ -202,6 +210,30 @@ def _measures_table(metrics: dict[str, Any], stage: str) -> Table:
             shown = f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %"
             table.add_row(name, f"{value:.0f}" if name == "num_examples" else shown)
     return table
+
+
+def _take_hyperparameters(
+    model: Namespace, checkpoint: Mapping[str, Any], said: set[str], file: Path
+) -> None:
+    """Put a checkpoint's hyperparameters where the user has said nothing.
+
+    Raises:
+        ValueError: a shape was said that the checkpoint's model hasn't.
+    """
+    if "gpt_config" not in checkpoint:
+        return  # of another program, which the module refuses
+    shape = {name: checkpoint["gpt_config"][name] for name in SHAPE}
+    if model.pretrained_dir is None:
+        for name in SHAPE:
+            if f"model.{name}" in said and model[name] not in (None, shape[name]):
+                raise ValueError(
+                    f"model.{name} {model[name]} is not that of {file}, {shape[name]}; leave it "
+                    "out, or start a new model without ckpt_path"
+                )
+    model.pretrained_dir = None  # what it gave is in the checkpoint
+    for name, value in {**checkpoint["hyper_parameters"], **shape}.items():
+        if name in model and (name in SHAPE or f"model.{name}" not in said):
+            model[name] = value
 
 
 # ---------------------------------------------------------------- config errors in words

@@ -111,16 +111,22 @@ class ValidateCalls(L.Callback):
 
     Args:
         num_examples: validation rows scored during fit, evenly spread over the set; 0 for none.
+        num_final_examples: the same, for the score at the end of fit.
     """
 
-    def __init__(self, num_examples: int = 256) -> None:
-        self.num_examples = num_examples
+    def __init__(self, num_examples: int = 256, num_final_examples: int = 2500) -> None:
+        self.num_examples, self.num_final_examples = num_examples, num_final_examples
+        self._num_scored: int | None = None  # all
         self.predictions: list[Prediction] = []  # of this rank, from the last validation
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             is_fitting = trainer.state.fn == "fit"
-            self._score(trainer, pl_module, "val", self.num_examples if is_fitting else None)
+            num_scored = self.num_examples if is_fitting else self._num_scored
+            self._score(trainer, pl_module, "val", num_scored)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._num_scored = self.num_final_examples
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._score(trainer, pl_module, "test", None)

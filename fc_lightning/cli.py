@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +57,12 @@ class FunctionCallCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data module shares rows out exactly
                 "default_root_dir": "outputs",
                 "log_every_n_steps": 10,
-                "callbacks": [LearningRateMonitor("step"), ExplainFailures()],
+                "callbacks": [
+                    LearningRateMonitor("step"),
+                    ExplainFailures(),
+                    # Rich's bar would ask the device for the loss at every step.
+                    TQDMProgressBar(refresh_rate=10),
+                ],
                 "plugins": [{"class_path": "fc_lightning.durability.AtomicCheckpointIO"}],
             },
             seed_everything_default=1337,
@@ -107,7 +113,7 @@ class FunctionCallCLI(LightningCLI):
             raise ValueError(f"data.fc_data_dir {data_dir}: no such folder")
 
     def after_fit(self) -> None:
-        """Score the best checkpoint on all validation rows, and say where everything is."""
+        """Score the best checkpoint on validation rows, and say where everything is."""
         checkpoint = self.trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
         if not best or self.trainer.fast_dev_run:
@@ -192,7 +198,7 @@ def _best_precision() -> str:
 
 
 def _measures_table(metrics: dict[str, Any], stage: str) -> Table:
-    table = Table("measure", "value", title=f"{stage}: all rows", title_justify="left")
+    table = Table(stage, "", box=SIMPLE_HEAD, pad_edge=False)
     names = [
         "loss",
         "num_examples",

@@ -195,7 +195,7 @@ class FunctionCallModule(L.LightningModule):
 
     def _log_evaluation(self, name: str) -> None:
         """Log the mean loss of a trained token over the batches of all ranks, some with none."""
-        loss = sum(loss.double().item() for loss, _ in self._evaluated)
+        loss = sum(loss.item() for loss, _ in self._evaluated)
         sums = torch.tensor([loss, sum(n for _, n in self._evaluated)], dtype=torch.float64)
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,9 +11,9 @@ import lightning as L
 import torch
 
 from fc_lightning.calls import FunctionCall, calls_equal, parse_call
-from fc_lightning.chat import decode_response, encode_command
+from fc_lightning.chat import Example, decode_response, encode_command
 from fc_lightning.dataset import FunctionCallDataset
-from fc_lightning.decoding import generate
+from fc_lightning.decoding import Generation, generate
 from fc_lightning.metrics import read_call
 
 
@@ -24,6 +25,7 @@ class Prediction(NamedTuple):
     expected: FunctionCall
     text: str
     predicted: FunctionCall | None
+    confidence: float  # the probability of `text` to the model
 
     @property
     def is_match(self) -> bool:
@@ -49,14 +51,17 @@ def predict_rows(
     longest = int((dataset.lengths - dataset.prompt_lengths).max()) + 8
     max_new_tokens = min(longest, module.block_size - max(map(len, prompts)))
     with _evaluating(module):
-        texts = [
-            decode_response(generation.ids)
-            for generation in generate(module.gpt, prompts, max_new_tokens=max_new_tokens)
-        ]
+        generations = generate(module.gpt, prompts, max_new_tokens=max_new_tokens)
     return [
-        Prediction(row, example.command, parse_call(example.assistant), text, read_call(text))
-        for row, example, text in zip(rows, examples, texts, strict=True)
+        _prediction(row, example, generation)
+        for row, example, generation in zip(rows, examples, generations, strict=True)
     ]
+
+
+def _prediction(row: int, example: Example, generation: Generation) -> Prediction:
+    expected, text = parse_call(example.assistant), decode_response(generation.ids)
+    confidence = math.exp(generation.log_probability)
+    return Prediction(row, example.command, expected, text, read_call(text), confidence)
 
 
 def as_plain(prediction: Prediction, dataset: FunctionCallDataset) -> dict[str, Any]:
@@ -71,6 +76,7 @@ def as_plain(prediction: Prediction, dataset: FunctionCallDataset) -> dict[str, 
         "expected": {"name": expected.name, "arguments": dict(expected.arguments)},
         "is_match": prediction.is_match,
         "text": prediction.text,
+        "confidence": prediction.confidence,
     }
 
 

@@ -6,7 +6,9 @@ collective, and nothing but rank 0 writes.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,11 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
+from fc_lightning.calibration import calibrate, calibration_figure
+from fc_lightning.calls import FunctionCall, values_equal
 from fc_lightning.dataset import Batch
 from fc_lightning.functions import Registry
 from fc_lightning.metrics import CallMetrics, confusion_figure
@@ -90,24 +96,45 @@ def samples_as_text(step: int, predictions: Sequence[Prediction]) -> str:
 
 def samples_as_markdown(predictions: Sequence[Prediction]) -> str:
     """Predictions as a Markdown table, what differs in bold."""
-    lines = ["| | input | actual | predicted |", "|---|---|---|---|"]
+    num_right = sum(p.is_match for p in predictions)
+    lines = [
+        f"{num_right} of {len(predictions)} right",
+        "",
+        "| | input | actual | predicted | confidence |",
+        "|---|---|---|---|---:|",
+    ]
     for p in predictions:
-        predicted = f"`{_cell(p.shown)}`" if p.is_match else f"**`{_cell(p.shown)}`**"
-        mark = "ok" if p.is_match else "**x**"
-        actual = f"`{_cell(str(p.expected))}`"
-        lines.append(f"| {mark} | {_cell(p.command)} | {actual} | {predicted} |")
+        command = re.sub(r"([\\`*_{}\[\]|#!])", r"\\\1", p.command).replace("<", "&lt;")
+        actual = _marked(p.expected, p.predicted)
+        predicted = _marked(p.predicted, p.expected) if p.predicted else f"**{_code(p.shown)}**"
+        cells = ("✓" if p.is_match else "**✗**", command, actual, predicted, f"{p.confidence:.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("`", "'")
+def _marked(call: FunctionCall, other: FunctionCall | None) -> str:
+    """A call in Markdown, in bold where the other one differs."""
+    if other is None or call.name != other.name:
+        return f"**{_code(str(call))}**"
+    pieces = []
+    for name, value in call.arguments.items():
+        is_same = name in other.arguments and values_equal(value, other.arguments[name])
+        piece = _code(f"{name}={value!r}")
+        pieces.append(piece if is_same else f"**{piece}**")
+    return f"{_code(call.name)} ({', '.join(pieces)})"
+
+
+def _code(text: str) -> str:
+    plain = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
+    return f"`{plain}`"
 
 
 class ValidateCalls(L.Callback):
     """Generates calls at each validation and logs how many are right, as monitors too.
 
-    Logs `val/call_match`, `val/function_match` and the like (see metrics.CallMetrics), and the
-    confusion of functions as a figure. `validate` and `test` score every row.
+    Logs `val/call_match`, `val/function_match` and the like (see metrics.CallMetrics), by function
+    as `val_call_match/<function>`; confusion of functions and calibration as figures; and the run's
+    hyperparameters beside its last measures. `validate` and `test` score every row.
 
     Args:
         num_examples: validation rows scored during fit, evenly spread over the set; 0 for none.
@@ -118,6 +145,12 @@ class ValidateCalls(L.Callback):
         self.num_examples, self.num_final_examples = num_examples, num_final_examples
         self._num_scored: int | None = None  # all
         self.predictions: list[Prediction] = []  # of this rank, from the last validation
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        measures = ["val/loss"]
+        if _has_calls(trainer):
+            measures += [f"val/{n}" for n in ("call_match", "function_match", "argument_f1")]
+        log_hyperparameters(trainer, pl_module, measures)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -146,15 +179,22 @@ class ValidateCalls(L.Callback):
         batches = (mine[i : i + 256] for i in range(0, len(mine), 256))
         self.predictions = [p for batch in batches for p in predict_rows(module, dataset, batch)]
         metrics = score(trainer.datamodule.registry, self.predictions, module.device)
-        measures = metrics.compute()
-        shown = {f"{stage}/{n}": v for n, v in measures.items() if not torch.isnan(v)}
-        on_bar = {f"{stage}/call_match"}
-        for name, value in shown.items():
-            module.log(name, value.to(torch.float32), prog_bar=name in on_bar, rank_zero_only=False)
+        for name, value in metrics.compute().items():
+            # TensorBoard groups charts by what stands before the first slash.
+            tag = f"{stage}_{name}" if "/" in name else f"{stage}/{name}"
+            if not torch.isnan(value):
+                is_on_bar = name == "call_match"
+                module.log(tag, value.to(torch.float32), prog_bar=is_on_bar, rank_zero_only=False)
         confusion = metrics.confusion_matrix()
+        mine_judged = [(p.confidence, p.is_match) for p in self.predictions]
+        judged = list(itertools.chain.from_iterable(gather(mine_judged)))
         for writer in _tensorboard(trainer):
-            figure = confusion_figure(confusion, metrics.call_names)
-            writer.add_figure(f"{stage}/confusion", figure, trainer.global_step)
+            figures = {
+                "confusion": confusion_figure(confusion, metrics.call_names),
+                "calibration": calibration_figure(calibrate(*zip(*judged, strict=True))),
+            }
+            for name, figure in figures.items():
+                writer.add_figure(f"{stage}/{name}", figure, trainer.global_step)
 
 
 def score(
@@ -165,6 +205,34 @@ def score(
     pairs = [(p.expected, p.predicted) for p in predictions]
     metrics.update([expected for expected, _ in pairs], [predicted for _, predicted in pairs])
     return metrics
+
+
+def log_hyperparameters(
+    trainer: L.Trainer, module: L.LightningModule, measures: Iterable[str]
+) -> None:
+    """Tell every logger the run's settings; TensorBoard, which of its measures to show beside them.
+
+    The module leaves this to be done once all is known: the pretrained model's shape, and how many
+    rows a step has on all devices together.
+    """
+    data = trainer.datamodule
+    settings = {
+        **module.hparams,
+        **dataclasses.asdict(module.gpt.config),
+        "rows_per_step": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+        "train_rows": len(data.train_set),
+        "precision": str(trainer.precision),
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # Without metrics Lightning would add a chart of its own, of a constant -1.
+            logger.log_hyperparams(settings, metrics={})
+        else:
+            logger.log_hyperparams(settings)
+    known = {n: v if isinstance(v, int | float) else str(v) for n, v in settings.items()}
+    for writer in _tensorboard(trainer):
+        for summary in hparams(known, dict.fromkeys(measures, 0.0)):
+            writer.file_writer.add_summary(summary)
 
 
 class Throughput(L.Callback):

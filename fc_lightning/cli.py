@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -58,7 +58,6 @@ class FunctionCallCLI(LightningCLI):
                 "default_root_dir": "outputs",
                 "log_every_n_steps": 10,
                 "callbacks": [
-                    LearningRateMonitor("step"),
                     ExplainFailures(),
                     # Rich's bar would ask the device for the loss at every step.
                     TQDMProgressBar(refresh_rate=10),

@@ -79,7 +79,7 @@ class FunctionCallModule(L.LightningModule):
         block_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # callbacks.log_hyperparameters logs them
         if pretrained_dir is not None:
             self.gpt = load_gpt(pretrained_dir, dropout=dropout, block_size=block_size)
         else:
@@ -135,6 +135,7 @@ class FunctionCallModule(L.LightningModule):
         scale = self.trainer.world_size / num_tokens
         torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
         self.log("train/loss", loss / num_tokens, prog_bar=True)
+        self.log("train/learning_rate", optimizer.param_groups[-1]["lr"])  # AdamW's, with Muon too
         self._start_window()
 
     def configure_gradient_clipping(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,7 +340,7 @@ class BatchLoader:
             # Its own generator: seeding workers must not move the global random state.
             generator=torch.Generator(),
             num_workers=num_workers,
-            persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=pin_memory,
         )
         self.sampler = sampler
@@ -380,6 +381,14 @@ class BatchLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resumed = state
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Let a worker live on while the run, which was asked to stop, fetches and saves."""
+    os.setpgrp()  # out of reach of the terminal, and of what is sent to the run's whole group
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the run ends a worker
 
 
 def make_loader(

@@ -59,8 +59,6 @@ class FunctionCallCLI(LightningCLI):
                 "log_every_n_steps": 10,
                 "callbacks": [
                     ExplainFailures(),
-                    # Rich's bar would ask the device for the loss at every step.
-                    TQDMProgressBar(refresh_rate=10),
                 ],
                 "plugins": [{"class_path": "fc_lightning.durability.AtomicCheckpointIO"}],
             },
@@ -110,6 +108,11 @@ class FunctionCallCLI(LightningCLI):
         data_dir = config.data.get("fc_data_dir")
         if data_dir is not None and not Path(data_dir).is_dir():
             raise ValueError(f"data.fc_data_dir {data_dir}: no such folder")
+        callbacks = config.trainer.callbacks or []
+        has_bar = any("ProgressBar" in callback.class_path for callback in callbacks)
+        if config.trainer.enable_progress_bar is not False and not has_bar:
+            # Rich's bar, which Lightning would take, asks the device for the loss at every step.
+            self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=10))
 
     def after_fit(self) -> None:
         """Score the best checkpoint on validation rows, and say where everything is."""

@@ -1,0 +1,210 @@
+"""What a step learns: exact gradients and losses, the schedule, and who sets the optimizer."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from training import SHAPE, example, fit, make_trainer, read_lines, write_rows
+
+from fc_lightning.checkpoint import CheckpointError
+from fc_lightning.datamodule import FunctionCallDataModule
+from fc_lightning.dataset import FunctionCallDataset, Row
+from fc_lightning.module import FunctionCallModule
+
+
+def make_module(**settings) -> FunctionCallModule:
+    torch.manual_seed(0)
+    return FunctionCallModule(**{**SHAPE, "dropout": 0.0, "lr_decay_iters": 100} | settings)
+
+
+class Recorder(FunctionCallModule):
+    """Writes down the rows of each step and the gradients that the optimizer gets."""
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.rows, self.steps = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.rows += batch.rows
+        return super().training_step(batch, batch_idx)
+
+    def configure_gradient_clipping(self, *args, **kwargs):
+        gradients = {name: p.grad.clone() for name, p in self.gpt.named_parameters()}
+        self.steps.append((self.rows, gradients))
+        self.rows = []
+
+    def on_train_end(self):
+        folder = self.trainer.default_root_dir
+        torch.save(self.steps, f"{folder}/steps-{self.global_rank}.pt")
+
+
+def one_big_batch(gpt, dataset, rows):
+    """Mean loss by trained token and its gradients, in double precision, one plain row at a time."""
+    gpt.zero_grad()
+    losses = []
+    for row in rows:
+        ids = torch.from_numpy(dataset.row_ids(row).astype("int64"))
+        first = dataset.prompt_lengths[row] - 1
+        logits = gpt(ids[None, :-1])[0, first:]
+        losses.append(F.cross_entropy(logits, ids[first + 1 :], reduction="none"))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in gpt.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_window_has_the_gradient_and_the_loss_of_one_big_batch(tmp_path, accumulate, ranks):
+    data = write_rows(tmp_path / "data", 13, 2)
+    torch.manual_seed(0)
+    # A rate so small that the weights stay what they were.
+    module = Recorder(**SHAPE, dropout=0.0, learning_rate=1e-30, lr_decay_iters=100)
+    trainer = make_trainer(
+        tmp_path,
+        devices=ranks,
+        strategy="ddp_fork" if ranks > 1 else "auto",
+        accumulate_grad_batches=accumulate,
+        max_epochs=1,
+        enable_checkpointing=False,
+    )
+    # 4 batches of 4, 4, 4 and 1 rows, or on 2 ranks of 2 and 2, ..., 3 and 2
+    datamodule = FunctionCallDataModule(str(data), batch_size=4 // ranks)
+    trainer.fit(module, datamodule)
+    steps = [torch.load(tmp_path / f"steps-{rank}.pt") for rank in range(ranks)]
+    logged = [
+        line["train/loss"] for line in read_lines(tmp_path / "log.jsonl") if "train/loss" in line
+    ]
+    num_batches = 4 if ranks == 1 else 3
+    assert len(logged) == len(steps[0]) == math.ceil(num_batches / accumulate)
+    all_rows = [row for of_rank in steps for rows, _ in of_rank for row in rows]
+    assert sorted(all_rows) == list(range(13))
+    datamodule.setup("fit")
+    gpt = module.gpt.double()
+    for step, loss in enumerate(logged):
+        rows = [row for of_rank in steps for row in of_rank[step][0]]
+        big_loss, big_gradients = one_big_batch(gpt, datamodule.train_set, rows)
+        assert loss == pytest.approx(big_loss, rel=1e-6)
+        for of_rank in steps:
+            for name, gradient in of_rank[step][1].items():
+                error = (gradient - big_gradients[name]).norm() / big_gradients[name].norm()
+                assert error < 1e-6, (name, error)
+
+
+def test_rows_have_one_loss_with_and_without_the_shared_prefix():
+    rows = [Row(example(i), "train.json", i) for i in range(6)]
+    module = make_module().double()
+    dataset = FunctionCallDataset(rows, block_size=192)
+    assert dataset.prefix_length > 40
+    with_prefix = module.loss_sum(dataset[list(range(6))])
+    dataset.prefix_length = 0
+    without = module.loss_sum(dataset[list(range(6))])
+    assert with_prefix.item() == pytest.approx(without.item(), rel=1e-12)
+
+
+def test_validation_loss_is_the_mean_over_all_trained_tokens(tmp_path):
+    data = write_rows(tmp_path / "data", 4, 7)
+    module = make_module()
+    datamodule = FunctionCallDataModule(str(data), batch_size=3)
+    trainer = make_trainer(tmp_path)
+    logged = trainer.validate(module, datamodule, verbose=False)[0]["val/loss"]
+    tested = trainer.test(module, datamodule, verbose=False)[0]["test/loss"]
+    expected, _ = one_big_batch(module.gpt.double(), datamodule.val_set, range(7))
+    assert logged == tested == pytest.approx(expected, rel=1e-6)
+
+
+# ---------------------------------------------------------------- the learning rate
+
+
+def get_lr(it, learning_rate, min_lr, warmup_iters, lr_decay_iters):
+    """As nanoGPT's train.py has it."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it > lr_decay_iters:
+        return min_lr
+    decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
+    return min_lr + coeff * (learning_rate - min_lr)
+
+
+@pytest.mark.parametrize("warmup_iters", [0, 1, 7])
+def test_the_schedule_is_nanogpts(warmup_iters):
+    settings = {
+        "learning_rate": 6e-4,
+        "min_lr": 6e-5,
+        "warmup_iters": warmup_iters,
+        "lr_decay_iters": 20,
+    }
+    module = make_module(**settings)
+    for it in range(25):
+        rate = 6e-4 * module._learning_rate_factor(it)
+        assert rate == pytest.approx(get_lr(it, **settings), rel=1e-12)
+
+
+def test_a_trapezoid_is_flat_for_half_the_way_and_then_straight():
+    settings = {"learning_rate": 1.0, "min_lr": 0.0, "warmup_iters": 0, "lr_decay_iters": 8}
+    module = make_module(lr_schedule="trapezoid", **settings)
+    rates = [module._learning_rate_factor(it) for it in range(10)]
+    assert rates == [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+
+def test_without_lr_decay_iters_the_last_step_is_the_end_of_the_schedule(tmp_path):
+    data = write_rows(tmp_path / "data", 12, 2)
+    model = {"warmup_iters": 1, "lr_decay_iters": None, "learning_rate": 1e-3, "min_lr": 0.0}
+    trainer = fit(tmp_path, data, max_epochs=2, accumulate_grad_batches=2, model=model)
+    assert trainer.global_step == 4  # 3 batches an epoch: windows of 2 and 1
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+def test_a_run_without_end_needs_an_end_of_its_schedule(tmp_path):
+    data = write_rows(tmp_path / "data", 4, 2)
+    with pytest.raises(ValueError, match=r"set model\.lr_decay_iters or trainer\.max_steps"):
+        fit(tmp_path, data, max_epochs=-1, model={"warmup_iters": 0, "lr_decay_iters": None})
+
+
+def test_only_matrices_and_embeddings_are_decayed(tmp_path):
+    module = make_module(weight_decay=0.1)
+    module.trainer = make_trainer(tmp_path)
+    optimizer = module.configure_optimizers()["optimizer"]
+    decayed, others = optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in others["params"]} == {1}
+    assert sum(map(len, (decayed["params"], others["params"]))) == len(
+        list(module.gpt.parameters())
+    )
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_stands_alone_with_shape_domain_and_plain_values(tmp_path):
+    data = write_rows(tmp_path / "data", 4, 2)
+    fit(tmp_path, data, max_epochs=1)
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["gpt_config"]["n_embd"] == SHAPE["n_embd"]
+    assert len(content["registry"]["functions"]) == 18
+    assert content["hyper_parameters"]["pretrained_dir"] is None
+    loaded = FunctionCallModule.load_from_checkpoint(
+        tmp_path / "checkpoints" / "last.ckpt", weights_only=True
+    )
+    assert torch.equal(loaded.gpt.lm_head.weight, content["state_dict"]["gpt.lm_head.weight"])
+
+
+def test_a_checkpoints_shape_is_taken(tmp_path):
+    data = write_rows(tmp_path / "data", 4, 2)
+    fit(tmp_path, data, max_epochs=1)
+    other = FunctionCallModule(n_layer=1, n_head=1, n_embd=8, block_size=192)
+    trainer = make_trainer(tmp_path)
+    file = tmp_path / "checkpoints" / "best.ckpt"
+    trainer.validate(other, FunctionCallDataModule(str(data)), ckpt_path=file, verbose=False)
+    assert other.gpt.config.n_embd == SHAPE["n_embd"]
+
+
+def test_another_programs_checkpoint_and_another_optimizers_are_refused(tmp_path):
+    data = write_rows(tmp_path / "data", 4, 2)
+    with pytest.raises(CheckpointError, match="not written by fc_lightning"):
+        make_module().on_load_checkpoint({"state_dict": {}})
+    fit(tmp_path, data, max_epochs=1)
+    with pytest.raises(CheckpointError, match="not trained with model.optimizer 'muon'"):
+        fit(tmp_path, data, max_epochs=2, ckpt_path="last", model={"optimizer": "muon"})

@@ -6,7 +6,6 @@ collective, and nothing but rank 0 writes.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import time
@@ -28,6 +27,8 @@ from fc_lightning.functions import Registry
 from fc_lightning.metrics import CallMetrics, confusion_figure
 from fc_lightning.predictions import Prediction, predict_rows
 from fc_lightning.ranks import gather, share
+
+_SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
 
 class SampleCalls(L.Callback):
@@ -100,7 +101,7 @@ def samples_as_markdown(predictions: Sequence[Prediction]) -> str:
     lines = [
         f"{num_right} of {len(predictions)} right",
         "",
-        "| | input | actual | predicted | confidence |",
+        "| | input | actual | predicted | sure |",
         "|---|---|---|---|---:|",
     ]
     for p in predictions:
@@ -121,7 +122,7 @@ def _marked(call: FunctionCall, other: FunctionCall | None) -> str:
         is_same = name in other.arguments and values_equal(value, other.arguments[name])
         piece = _code(f"{name}={value!r}")
         pieces.append(piece if is_same else f"**{piece}**")
-    return f"{_code(call.name)} ({', '.join(pieces)})"
+    return f"{_code(call.name)}({', '.join(pieces)})"
 
 
 def _code(text: str) -> str:
@@ -183,8 +184,12 @@ class ValidateCalls(L.Callback):
             # TensorBoard groups charts by what stands before the first slash.
             tag = f"{stage}_{name}" if "/" in name else f"{stage}/{name}"
             if not torch.isnan(value):
-                is_on_bar = name == "call_match"
-                module.log(tag, value.to(torch.float32), prog_bar=is_on_bar, rank_zero_only=False)
+                module.log(
+                    tag,
+                    value.to(torch.float32),
+                    prog_bar=name == "call_match",
+                    logger=name != "num_examples",
+                )
         confusion = metrics.confusion_matrix()
         mine_judged = [(p.confidence, p.is_match) for p in self.predictions]
         judged = list(itertools.chain.from_iterable(gather(mine_judged)))
@@ -218,7 +223,7 @@ def log_hyperparameters(
     data = trainer.datamodule
     settings = {
         **module.hparams,
-        **dataclasses.asdict(module.gpt.config),
+        **{name: getattr(module.gpt.config, name) for name in _SHAPE},
         "rows_per_step": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         "train_rows": len(data.train_set),
         "precision": str(trainer.precision),
@@ -229,9 +234,11 @@ def log_hyperparameters(
             logger.log_hyperparams(settings, metrics={})
         else:
             logger.log_hyperparams(settings)
-    known = {n: v if isinstance(v, int | float) else str(v) for n, v in settings.items()}
+    # TensorBoard's table shows the first five, by alphabet, unless it is asked for others.
+    shown = {n: v for n, v in settings.items() if n not in ("beta1", "beta2", "compile")}
+    plain = {n: v if type(v) in (int, float) else str(v) for n, v in shown.items()}
     for writer in _tensorboard(trainer):
-        for summary in hparams(known, dict.fromkeys(measures, 0.0)):
+        for summary in hparams(plain, dict.fromkeys(measures, 0.0)):
             writer.file_writer.add_summary(summary)
 
 
@@ -278,11 +285,11 @@ class Throughput(L.Callback):
         seconds = _now(pl_module.device) - self._started_at
         ranks = trainer.world_size
         speeds = {
-            "throughput/examples_per_s": ranks * self._num_examples / seconds,
-            "throughput/tokens_per_s": ranks * self._num_tokens / seconds,
+            "train/examples_per_s": ranks * self._num_examples / seconds,
+            "train/tokens_per_s": ranks * self._num_tokens / seconds,
         }
         if self._peak:
-            speeds["throughput/mfu"] = self._num_flops / seconds / self._peak
+            speeds["train/mfu"] = self._num_flops / seconds / self._peak
         for logger in trainer.loggers:
             logger.log_metrics(speeds, step=trainer.global_step)
         trainer.callback_metrics.update({n: torch.tensor(v) for n, v in speeds.items()})
@@ -318,5 +325,5 @@ def _has_calls(trainer: L.Trainer) -> bool:
 def _tensorboard(trainer: L.Trainer) -> Iterator[Any]:
     """The SummaryWriter of each TensorBoard logger; none but on rank 0."""
     for logger in trainer.loggers:
-        if trainer.is_global_zero and hasattr(logger.experiment, "add_text"):
+        if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
             yield logger.experiment

@@ -105,8 +105,7 @@ class SaveLast(Checkpoint):
         self._is_in_batch_end = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # Not under DDP, where one rank may have a batch more than another.
-        if _is_validating_in_fit(trainer) and trainer.world_size == 1:
+        if _is_validating_in_fit(trainer):
             self._stop_if_asked(trainer, owes_validation=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -252,8 +251,7 @@ def _step_metrics(trainer: L.Trainer) -> dict[str, Any] | None:
     if not connector.should_update_logs:
         return None
     metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    return {"metrics": metrics | {"epoch": trainer.current_epoch}, "step": step}
+    return {"step": int(metrics.pop("step")), "metrics": metrics}
 
 
 def _mark_validation_as_due(fit_loop: dict[str, Any]) -> None:

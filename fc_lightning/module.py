@@ -136,6 +136,7 @@ class FunctionCallModule(L.LightningModule):
         torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
         self.log("train/loss", loss / num_tokens, prog_bar=True)
         self.log("train/learning_rate", optimizer.param_groups[-1]["lr"])  # AdamW's, with Muon too
+        self.log("step", float(self.trainer.global_step))  # else Lightning adds a chart of epochs
         self._start_window()
 
     def configure_gradient_clipping(
@@ -174,7 +175,7 @@ class FunctionCallModule(L.LightningModule):
         self._evaluated = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluated.append((self.loss_sum(batch), len(batch.targets)))
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val/loss")
@@ -183,7 +184,7 @@ class FunctionCallModule(L.LightningModule):
         self._evaluated = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluated.append((self.loss_sum(batch), len(batch.targets)))
+        self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test/loss")
@@ -194,14 +195,19 @@ class FunctionCallModule(L.LightningModule):
         # Plain, since Lightning takes what is returned apart and refuses a frozen dataclass.
         return [as_plain(p, dataset) for p in predict_rows(self, dataset, batch.rows)]
 
+    def _evaluate(self, batch: Batch) -> None:
+        if batch.rows:  # a rank may have none of the last batch
+            self._evaluated.append((self.loss_sum(batch), len(batch.targets)))
+
     def _log_evaluation(self, name: str) -> None:
-        """Log the mean loss of a trained token over the batches of all ranks, some with none."""
+        """Log the mean loss of a trained token over the batches of all ranks."""
         loss = sum(loss.item() for loss, _ in self._evaluated)
         sums = torch.tensor([loss, sum(n for _, n in self._evaluated)], dtype=torch.float64)
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
         # All ranks know it by now; sync_dist only keeps Lightning from warning that they may not.
         self.log(name, (sums[0] / sums[1]).float(), prog_bar=True, sync_dist=True)
+        self.log("step", float(self.trainer.global_step), sync_dist=True)
 
     # ---------------------------------------------------------------- checkpoints
 

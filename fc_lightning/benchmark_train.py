@@ -120,10 +120,10 @@ def _ours(
                 continue  # so that every step has the same number of examples
             batch = dataset[rows]
             on_device = batch._replace(
-                **{
-                    name: _to_device(getattr(batch, name), module.device)
-                    for name in ("prefix", "ids", "trained_at", "targets")
-                }
+                prefix=_to_device(batch.prefix, module.device),
+                ids=_to_device(batch.ids, module.device),
+                trained_at=_to_device(batch.trained_at, module.device),
+                targets=_to_device(batch.targets, module.device),
             )
             yield functools.partial(_our_step, module, on_device), rows
 
@@ -175,7 +175,7 @@ def _pad(
     return ids, targets
 
 
-_STEPS = {
+_STEPS: dict[str, Callable[..., Iterator[tuple[Step, list[int]]]]] = {
     "reference": functools.partial(_padded, length=PADDED_LENGTH, num_repeats=NUM_REPEATS),
     "longest": _padded,
     "ours": _ours,

@@ -71,8 +71,6 @@ class FunctionCallDataModule(L.LightningDataModule):
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        # With fewer rows than ranks, some rank has no batch to validate.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         if batch_size < 1:
             raise ValueError(f"data.batch_size must be at least 1, not {batch_size}")
         self.fc_data_dir = Path(fc_data_dir) if fc_data_dir is not None else None

@@ -279,8 +279,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         }
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, wherever the next pass begins."""
-        return sum(stop - start > self.rank for start, stop in self._bounds())
+        """Batches in a whole epoch, the same for all ranks, wherever the next pass begins."""
+        return len(self._bounds())
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
@@ -288,8 +288,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch, 2)).shuffle(bounds)
         for start, stop in bounds[self.first_batch :]:
-            if rows := order[start:stop][self.rank :: self.num_ranks].tolist():
-                yield rows
+            yield order[start:stop][self.rank :: self.num_ranks].tolist()
 
     def _order(self) -> np.ndarray:
         """All rows, sorted by length within large shuffled chunks (or, unshuffled, everywhere)."""
@@ -304,14 +303,27 @@ class LengthBatchSampler(Sampler[list[int]]):
     def _bounds(self) -> list[tuple[int, int]]:
         """Where each global batch starts and stops in the order.
 
-        In training, where all ranks must take part in every step, a tail with fewer rows than
-        ranks joins the batch before it; unshuffled, the last ranks have one batch less.
+        In training, where every rank must have rows for every step, a tail with fewer rows than
+        ranks joins the batch before it; unshuffled, the last ranks' share of it is empty.
         """
         size, total = self.batch_size * self.num_ranks, len(self.lengths)
         starts = list(range(0, total, size))
         if self.shuffle and len(starts) > 1 and total - starts[-1] < self.num_ranks:
             starts.pop()
         return list(zip(starts, [*starts[1:], total], strict=True))
+
+
+class _WithEmptyBatches(Dataset[Batch]):
+    """A dataset of batches that has one for no rows too, so that ranks never wait in vain."""
+
+    def __init__(self, batches: Dataset[Batch]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, rows: list[int]) -> Batch:
+        if rows:
+            return self.batches[rows]
+        nothing = torch.empty(0, dtype=torch.int64)
+        return Batch(nothing, nothing.view(0, 0), nothing, nothing, [], [])
 
 
 class BatchLoader:
@@ -334,7 +346,7 @@ class BatchLoader:
     ) -> None:
         # One index of this "dataset" is a whole batch, so the batch sampler samples "rows".
         self._loader: DataLoader[Batch] = DataLoader(
-            dataset,
+            _WithEmptyBatches(dataset),
             batch_size=None,
             sampler=sampler,  # type: ignore[arg-type]
             # Its own generator: seeding workers must not move the global random state.

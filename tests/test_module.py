@@ -40,7 +40,7 @@ class Recorder(FunctionCallModule):
 
 
 def one_big_batch(gpt, dataset, rows):
-    """Mean loss by trained token and its gradients, in double precision, one plain row at a time."""
+    """Mean loss of a trained token and its gradients, in double precision, row by row."""
     gpt.zero_grad()
     losses = []
     for row in rows:
@@ -206,5 +206,5 @@ def test_another_programs_checkpoint_and_another_optimizers_are_refused(tmp_path
     with pytest.raises(CheckpointError, match="not written by fc_lightning"):
         make_module().on_load_checkpoint({"state_dict": {}})
     fit(tmp_path, data, max_epochs=1)
-    with pytest.raises(CheckpointError, match="not trained with model.optimizer 'muon'"):
+    with pytest.raises(CheckpointError, match=r"not trained with model\.optimizer 'muon'"):
         fit(tmp_path, data, max_epochs=2, ckpt_path="last", model={"optimizer": "muon"})

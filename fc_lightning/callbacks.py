@@ -46,6 +46,7 @@ class SampleCalls(L.Callback):
         if sample_interval < 1 or num_samples < 1:
             raise ValueError("sample_interval and num_samples must be at least 1")
         self.sample_interval, self.num_samples = sample_interval, num_samples
+        self.seconds_spent = 0.0  # which are none of training's
 
     def on_train_batch_end(
         self,
@@ -59,6 +60,7 @@ class SampleCalls(L.Callback):
         is_mid_step = trainer.fit_loop._should_accumulate()
         if is_mid_step or step % self.sample_interval or not _has_calls(trainer):
             return
+        started_at = _now(pl_module.device)
         data = trainer.datamodule
         for name, dataset in (("train", data.train_set), ("val", data.val_set)):
             # Other commands at each sampling, the same on every rank and in every run.
@@ -69,6 +71,7 @@ class SampleCalls(L.Callback):
             predictions = sorted(gathered, key=lambda p: (p.is_match, p.row))
             if trainer.is_global_zero:
                 self._write(trainer, name, predictions)
+        self.seconds_spent += _now(pl_module.device) - started_at
 
     def _write(self, trainer: L.Trainer, name: str, predictions: Sequence[Prediction]) -> None:
         folder = Path(trainer.default_root_dir) / "samples"
@@ -242,12 +245,34 @@ def log_hyperparameters(
             writer.file_writer.add_summary(summary)
 
 
+class ValidateLastStep(L.Callback):
+    """Validates once more if a run ends between two validations, by max_steps for instance.
+
+    Otherwise the last steps, where the learning rate is lowest, could never become the best
+    checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._validated_at = 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated_at = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        is_owed = self._validated_at < trainer.global_step and trainer.enable_validation
+        if is_owed and not trainer.fast_dev_run:
+            trainer.validating = True  # as Lightning's own loop turns to validation and back
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+
 class Throughput(L.Callback):
     """Logs examples/s, real tokens/s and MFU over windows of steps.
 
-    Padding counts nowhere, and a prefix that goes through the network once counts once in MFU. The
-    device is waited for once a window, not once a step. MFU is the share of the device's own peak
-    in its precision; without a known peak (a CPU) it is left out.
+    Validating and sampling take none of its time. Padding counts nowhere, and a prefix that goes
+    through the network once counts once in MFU. The device is waited for once a window, not once a
+    step. MFU is the share of the device's own peak in its precision; without a known peak (a CPU)
+    it is left out.
 
     Args:
         every_n_steps: batches in a window.
@@ -258,15 +283,19 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._peak = get_available_flops(pl_module.device, _compute_dtype(trainer))
-        self._start(pl_module)
+        self._start(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._start(pl_module)
+            self._start(trainer, pl_module)
 
-    def _start(self, module: L.LightningModule) -> None:
+    def _start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._num_batches = self._num_examples = self._num_tokens = self._num_flops = 0
-        self._started_at = _now(module.device)
+        self._started_at = self._training_time(trainer, module)
+
+    def _training_time(self, trainer: L.Trainer, module: L.LightningModule) -> float:
+        sampling = sum(c.seconds_spent for c in trainer.callbacks if isinstance(c, SampleCalls))
+        return _now(module.device) - sampling
 
     def on_train_batch_end(
         self,
@@ -282,7 +311,7 @@ class Throughput(L.Callback):
         self._num_flops += 3 * needed_flops(pl_module, batch)
         if self._num_batches < self.every_n_steps:
             return
-        seconds = _now(pl_module.device) - self._started_at
+        seconds = self._training_time(trainer, pl_module) - self._started_at
         ranks = trainer.world_size
         speeds = {
             "train/examples_per_s": ranks * self._num_examples / seconds,
@@ -293,7 +322,7 @@ class Throughput(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(speeds, step=trainer.global_step)
         trainer.callback_metrics.update({n: torch.tensor(v) for n, v in speeds.items()})
-        self._start(pl_module)
+        self._start(trainer, pl_module)
 
 
 def needed_flops(module: L.LightningModule, batch: Batch) -> int:

@@ -26,15 +26,18 @@ def head_cross_entropy_sum(states: Tensor, weight: Tensor, targets: Tensor) -> T
     device = states.device.type
     if torch.is_autocast_enabled(device):
         states = states.to(torch.get_autocast_dtype(device))
-    return _HeadCrossEntropySum.apply(states, weight, targets)
+    # Asked here, since inside a Function gradients are always off and always asked for.
+    needs_gradient = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+    return _HeadCrossEntropySum.apply(states, weight, targets, needs_gradient)
 
 
 class _HeadCrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool
+    ) -> Tensor:
         head = weight.to(states.dtype)
         loss = torch.zeros((), device=states.device)
-        needs_gradient = any(ctx.needs_input_grad)
         d_states = torch.empty_like(states) if needs_gradient else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         size = min(8192 if states.is_cuda else 1024, max(1, len(states)))
@@ -50,10 +53,10 @@ class _HeadCrossEntropySum(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_states, d_weight = ctx.saved_tensors
         (scale,) = d_loss
-        return d_states * scale.to(d_states.dtype), d_weight * scale, None
+        return d_states * scale.to(d_states.dtype), d_weight * scale, None, None
 
 
 def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def test_sampling_leaves_training_as_it_is(tmp_path, data):
 
 
 @pytest.mark.parametrize(
-    ("num_examples", "rows"), [(0, []), (2, [0, 4]), (3, [0, 2, 4]), (9, range(5))]
+    ("num_examples", "rows"), [(0, []), (2, [0, 4]), (3, [0, 2, 4]), (9, [0, 1, 2, 3, 4])]
 )
 def test_validation_in_fit_scores_rows_spread_over_the_set(tmp_path, data, num_examples, rows):
     calls = ValidateCalls(num_examples)

@@ -85,7 +85,7 @@ class SaveLast(Checkpoint):
         self._handlers: dict[int, Any] = {}
         self._owes_validation = self._is_in_batch_end = self._is_in_epoch_end = False
         self._unlogged: dict[str, Any] | None = None
-        self._saved_at: tuple[int, int] | None = None
+        self._saved_at: int | None = None  # batches done
 
     # ---------------------------------------------------------------- when to write
 
@@ -136,12 +136,12 @@ class SaveLast(Checkpoint):
     def _save(self, trainer: L.Trainer, *, owes_validation: bool = False) -> None:
         if trainer.fast_dev_run:
             return
-        moment = (trainer.fit_loop.total_batch_idx, trainer.current_epoch)
-        if moment == self._saved_at:
+        num_batches = trainer.fit_loop.total_batch_idx + 1
+        if num_batches == self._saved_at:
             return
         self._owes_validation = owes_validation
         trainer.save_checkpoint(self.path(trainer), weights_only=False)
-        self._owes_validation, self._saved_at = False, moment
+        self._owes_validation, self._saved_at = False, num_batches
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

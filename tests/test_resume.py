@@ -15,6 +15,7 @@ import pytest
 import torch
 from training import final_state, fit, is_same, read_lines, write_rows
 
+from fc_lightning.callbacks import ValidateLastStep
 from fc_lightning.checkpoint import CheckpointError
 from fc_lightning.dataset import DataError
 from fc_lightning.durability import AtomicCheckpointIO, SaveLast
@@ -83,6 +84,24 @@ def test_a_run_goes_on_from_any_of_its_checkpoints_as_if_never_stopped(tmp_path,
         assert read_lines(root / "rows-0.jsonl") == rows[int(checkpoint.stem) :]
         again = read_lines(root / "log.jsonl")
         assert again == logged[len(logged) - len(again) :]
+
+
+def test_a_run_that_came_to_its_end_goes_on_to_a_later_one(tmp_path, data):
+    model = {"lr_decay_iters": 9}
+    options = {"max_epochs": -1, "model": model, "val_check_interval": 2}
+    whole = fit(tmp_path / "whole", data, max_steps=8, **options)
+    for max_steps in (3, 5, 8):  # in mid-epoch, at an epoch's end, in the next
+        part = fit(
+            tmp_path / "parts",
+            data,
+            max_steps=max_steps,
+            ckpt_path="last",
+            callbacks=[ValidateLastStep()],
+            **options,
+        )
+    assert is_same(final_state(part), final_state(whole))
+    rows = [read_lines(tmp_path / run / "rows-0.jsonl") for run in ("whole", "parts")]
+    assert rows[0] == rows[1]
 
 
 class SignalAt(L.Callback):

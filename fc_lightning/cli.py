@@ -23,7 +23,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls
+from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls, ValidateLastStep
 from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.checkpoint import load_plain
 from fc_lightning.datamodule import FunctionCallDataModule
@@ -57,9 +57,7 @@ class FunctionCallCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data module shares rows out exactly
                 "default_root_dir": "outputs",
                 "log_every_n_steps": 10,
-                "callbacks": [
-                    ExplainFailures(),
-                ],
+                "callbacks": [ExplainFailures(), ValidateLastStep()],
                 "plugins": [{"class_path": "fc_lightning.durability.AtomicCheckpointIO"}],
             },
             seed_everything_default=1337,

@@ -12,16 +12,19 @@ becomes a function that says it at random, filling a draft's arguments as it goe
 
 `{room}` draws from the list `room` of the file and fills the argument of that name; `{room:area}`
 fills `area`; repeated slots of an array add to it, never the same element twice. A list has
-`values` (a text, or `in` with `out` and `weight`) or a `range: {from, to}`, whose numbers are said
-in turn as digits or words. Where a value has no `out` and the argument is a string without an enum,
-what was said is the value; `wildcard: true` tells other readers of the file that anything may be
-said there. A slot that is no argument is plain words. `expansion_rules` are phrases shared as
-`<name>`, a text or a list of alternatives; `carriers` are ways to ask for an order, such as
-"could you {request}?". Which sentences are drawn, and how they are typed, is synthesis.py's.
+`values` (a text, or `in` with `out` and `weight`), or a `range: {from, to}`, whose numbers are said
+in turn as digits or words, or `invented_names: {from, to}`: names of so many words, never heard
+before, from which a model learns to copy what it is told. Where a value has no `out` and the
+argument is a string without an enum, what was said is the value; `wildcard: true` tells other
+readers of the file that anything may be said there. A slot that is no argument is plain words.
+`expansion_rules` are phrases shared as `<name>`, a text or a list of alternatives; `carriers` are
+ways to ask for an order, such as "could you {request}?". Which sentences are drawn, and how they
+are typed, is synthesis.py's.
 """
 
 from __future__ import annotations
 
+import re
 from bisect import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +48,7 @@ from hassil.parser import ParseError
 from unicode_rbnf import RbnfEngine
 
 from fc_lightning.functions import FunctionSpec, ParameterSpec, Registry, RegistryError
+from fc_lightning.tokenizer import get_encoding
 
 _OPTIONAL_SHARE = 0.4  # how often an [optional] is said
 _NUMBER_WORD_SHARE = 0.15  # how often a number is said in words
@@ -257,10 +261,17 @@ class _Compiler:
             known = ", ".join(self.spec.by_name) or "none"
             raise self._error(f"{argument!r} is no argument of the function (it has {known})")
         entry = (self.registry.source.get("lists") or {}).get(name)
-        if not isinstance(entry, dict) or not ("range" in entry or entry.get("values")):
+        kinds = ("values", "range", "invented_names")
+        if not isinstance(entry, dict) or not any(entry.get(kind) for kind in kinds):
             raise self._error(f"there is no list {{{name}}}; add it to lists, with values or range")
         if "range" in entry:
             return self._say_range(name, entry["range"], parameter)
+        if "invented_names" in entry:
+            say_name = _say_invented_name(self._numbers(name, entry["invented_names"]))
+            is_argument = parameter is not None and parameter.type == "string"
+            return (
+                _say_free_text([_ListValue(say_name, None, 1)], name) if is_argument else say_name
+            )
         values = [self._list_value(name, value, parameter) for value in entry["values"]]
         if parameter is None:
             return _say_value(values, "")
@@ -284,16 +295,21 @@ class _Compiler:
         return _ListValue(say, items if parameter.type == "array" else out, weight)
 
     def _say_range(self, name: str, bounds: Any, parameter: ParameterSpec | None) -> Say:
-        try:
-            numbers = range(bounds["from"], bounds["to"] + 1, bounds.get("step", 1))
-            words = _number_words(numbers, str(self.registry.source.get("language", "en")))
-            ends = (numbers[0], numbers[-1])
-        except (TypeError, KeyError, IndexError):
-            raise self._error(f"list {{{name}}}: needs whole numbers 'from' and 'to'") from None
+        numbers = self._numbers(name, bounds)
+        words = _number_words(numbers, str(self.registry.source.get("language", "en")))
+        ends = (numbers[0], numbers[-1])
         problems = (parameter.violation(end) for end in ends if parameter)
         if problem := next(filter(None, problems), None):
             raise self._error(f"list {{{name}}}: {problem}; change the range")
         return _say_number(words, parameter.name if parameter else "")
+
+    def _numbers(self, name: str, bounds: Any) -> range:
+        try:
+            numbers = range(bounds["from"], bounds["to"] + 1, bounds.get("step", 1))
+            _ = numbers[0]
+        except (TypeError, KeyError, IndexError):
+            raise self._error(f"list {{{name}}}: needs whole numbers 'from' and 'to'") from None
+        return numbers
 
 
 @lru_cache(maxsize=64)
@@ -367,6 +383,29 @@ def _say_free_text(values: list[_ListValue], argument: str) -> Say:
         say_any(draft, rng)
         text = "".join(piece for piece, _ in draft.pieces[start:])
         draft.pieces[start:] = [(text, argument)]
+
+    return say
+
+
+@lru_cache
+def _name_parts() -> tuple[list[str], list[str]]:
+    """Beginnings and endings of words, from the vocabulary: " Harb" and "ington"."""
+    encoding = get_encoding()
+    pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab - 3)]
+    words = [piece.decode("ascii", "replace") for piece in pieces]
+    beginnings = [w.strip() for w in words if re.fullmatch(r" [A-Z][a-z]{2,8}", w)]
+    return beginnings, [w for w in words if re.fullmatch(r"[a-z]{2,5}", w)]
+
+
+def _say_invented_name(num_words: range) -> Say:
+    beginnings, endings = _name_parts()
+
+    def say(draft: Draft, rng: Random) -> None:
+        words = [
+            rng.choice(beginnings) + (rng.choice(endings) if rng.random() < 0.3 else "")
+            for _ in range(rng.choice(num_words))
+        ]
+        draft.pieces.append((" ".join(words), WORDS))
 
     return say
 

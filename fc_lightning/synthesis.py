@@ -72,7 +72,8 @@ def synthesize(
     train_groups, test_groups = _hold_out_templates(compile_groups(registry), rng, registry.where)
     num_test = round(num_examples * TEST_SHARE)
     drawer = _Drawer(registry, rng)
-    test = drawer.draw(test_groups, num_test, incomplete_share)
+    # Few templates are held out: those of a small domain may not have so many commands in them.
+    test = drawer.draw(test_groups, num_test, incomplete_share, may_be_fewer=True)
     train = drawer.draw(train_groups, num_examples - num_test, incomplete_share)
     return SyntheticData(train, test)
 
@@ -217,27 +218,37 @@ class _Drawer:
         self.carrier_weights = list(accumulate(carrier.weight for carrier in self.carriers))
 
     def draw(
-        self, groups: list[SentenceGroup], num_examples: int, incomplete_share: float
+        self,
+        groups: list[SentenceGroup],
+        num_examples: int,
+        incomplete_share: float,
+        *,
+        may_be_fewer: bool = False,
     ) -> list[Example]:
         num_incomplete = round(num_examples * incomplete_share)
         if not any(group.is_incomplete for group in groups):
             num_incomplete = 0
-        rows = self._draw_kind([g for g in groups if g.is_incomplete], num_incomplete)
-        rows += self._draw_kind(
-            [g for g in groups if not g.is_incomplete], num_examples - num_incomplete
-        )
+        rows: list[Example] = []
+        for is_incomplete, num_rows in (
+            (True, num_incomplete),
+            (False, num_examples - num_incomplete),
+        ):
+            some = [group for group in groups if group.is_incomplete == is_incomplete]
+            drawn = self._draw_kind(some, num_rows)
+            if len(drawn) < num_rows and not may_be_fewer:
+                raise ValueError(
+                    f"{self.registry.where}: the sentences hold only about {len(drawn):,} different"
+                    f" commands, not {num_rows:,}; ask for fewer examples or write more"
+                )
+            rows += drawn
         self.rng.shuffle(rows)
         return rows
 
     def _draw_kind(self, groups: list[SentenceGroup], num_examples: int) -> list[Example]:
+        """So many examples, or all that there seem to be."""
         rows: list[Example] = []
         groups, weights = list(groups), [group.weight for group in groups]
-        while len(rows) < num_examples:
-            if not groups:
-                raise ValueError(
-                    f"{self.registry.where}: the sentences hold only about {len(rows):,} different"
-                    f" commands, not {num_examples:,}; ask for fewer examples or write more"
-                )
+        while groups and len(rows) < num_examples:
             i = self.rng.choices(range(len(groups)), weights)[0]
             row = self._new_example(groups[i])
             if row is None:

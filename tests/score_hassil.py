@@ -67,7 +67,7 @@ def _around_orders(carriers: list[Any]) -> tuple[list[str], list[str]]:
 
 
 def _list(entry: dict[str, Any]) -> dict[str, Any]:
-    if entry.get("wildcard"):
+    if entry.get("wildcard") or "invented_names" in entry:
         return {"wildcard": True}
     if "range" in entry:
         return entry

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -68,11 +69,16 @@ def test_config_runs_for_a_few_steps(config, tmp_path):
 def test_config_prints_whole(config, tmp_path):
     result = run("fit", "--config", str(config), "--print_config", folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert (
-        "learning_rate:" in result.stdout
-        and "fc_data_dir:" in result.stdout
-        or (config.stem == "pretrain" and "text_files:" in result.stdout)
-    )
+    data_key = "text_files:" if config.stem == "pretrain" else "fc_data_dir:"
+    assert "learning_rate:" in result.stdout and data_key in result.stdout
+
+
+def test_the_last_step_is_validated_and_can_be_the_best(tmp_path):
+    steps = ["--model.learning_rate=1e-3", "--trainer.max_steps=5"]
+    result = run("fit", *TINY, *CALLS, *steps, folder=tmp_path)  # validates every two steps
+    assert result.returncode == 0, result.stderr[-2000:]
+    best = torch.load(tmp_path / "outputs/checkpoints/best.ckpt", weights_only=True)
+    assert best["global_step"] == 5
 
 
 def test_a_typo_in_a_config_names_file_key_and_the_nearest(tmp_path):

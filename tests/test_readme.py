@@ -57,7 +57,7 @@ def test_the_story_of_a_domain_of_your_own(tmp_path):
     [yaml] = re.findall(r"```yaml\n(# lamp.yaml.*?)```", README, re.DOTALL)
     (tmp_path / "lamp.yaml").write_text(yaml, encoding="utf-8")
     steps = [
-        "synthesize --output lamp_data --num_examples 60 --functions lamp.yaml",
+        "synthesize --output lamp_data --num_examples 400 --functions lamp.yaml",
         "doctor --data lamp_data --functions lamp.yaml",
         "inspect --data lamp_data --row 0 --functions lamp.yaml",
         "fit --data.fc_data_dir lamp_data --data.functions lamp.yaml --model.n_layer 1"

@@ -187,8 +187,15 @@ def test_a_function_without_sentences_is_reported():
 
 def test_asking_for_more_commands_than_there_are_is_an_error():
     registry = lamp([{"arguments": {"color": "red"}, "orders": four("red")}])
-    with pytest.raises(ValueError, match=r"only about \d different commands, not 10;"):
+    with pytest.raises(ValueError, match=r"only about \d different commands, not 90;"):
         synthesize(registry, num_examples=100)
+
+
+def test_a_small_domain_has_fewer_test_rows_than_asked_for():
+    registry = lamp([{"arguments": {"color": "red"}, "orders": four("red {level}")}])
+    examples = synthesize(registry, num_examples=90)
+    assert len(examples.train) == 81
+    assert 0 < len(examples.test) <= 9
 
 
 # ---------------------------------------------------------------- hygiene, on what ships
@@ -240,7 +247,7 @@ def test_test_holds_every_kind_of_call(vehicle, rows):
 def test_no_template_is_in_train_and_test(monkeypatch, vehicle):
     sides: list[set[str]] = []
 
-    def record(self, groups, num_examples, incomplete_share):
+    def record(self, groups, num_examples, incomplete_share, **_):
         sides.append({f"{g.spec.name}: {t.text}" for g in groups for t in g.templates})
         return []
 
@@ -342,3 +349,12 @@ def test_coverage_counts_values_elements_sizes_and_what_was_not_said():
     assert counts["paint", "level", "30"] == 0
     assert counts["paint", "rooms", "3 of 3"] == 0
     assert ("possibly_incomplete_paint", "color", "red") not in counts
+
+
+def test_invented_names_are_new_and_are_the_value():
+    name = {"invented_names": {"from": 1, "to": 2}}
+    rows = drawn(lamp([{"orders": four("call it {name}")}], required=(), lists={"name": name}), 200)
+    names = [arguments["name"] for arguments in rows.values()]
+    assert all(name in row.lower() for row, name in zip(rows, names, strict=True))
+    assert {len(name.split()) for name in names} == {1, 2}
+    assert len(set(names)) > 150

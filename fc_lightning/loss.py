@@ -64,14 +64,15 @@ def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.is_cuda and find_spec("triton") is not None:
         return _fused()(logits, targets[:, None])
     loss = torch.zeros((), device=logits.device)
-    # On a CPU, 16 rows in fp32 stay in the cache for all five passes: 25 % less time than 128.
+    # On a CPU, 16 rows in fp32 stay in the cache for all passes: 25 % less time than 128.
     size = 4096 if logits.is_cuda else 16
     scratch = torch.empty(min(size, len(logits)), logits.size(1), device=logits.device)
     for part, ids in zip(logits.split(size), targets[:, None].split(size), strict=True):
         softmax = scratch[: len(part)].copy_(part)
-        normalizer = softmax.logsumexp(dim=1, keepdim=True)
-        loss += (normalizer - softmax.gather(1, ids)).sum()
-        softmax.sub_(normalizer).exp_()
+        highest, target = softmax.amax(dim=1, keepdim=True), softmax.gather(1, ids)
+        normalizer = softmax.sub_(highest).exp_().sum(dim=1, keepdim=True)
+        softmax.div_(normalizer)
+        loss += (normalizer.log() + highest - target).sum()
         softmax.scatter_add_(1, ids, softmax.new_full(ids.shape, -1.0))
         part.copy_(softmax)
     return loss

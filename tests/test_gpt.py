@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fc_lightning import gpt
 from fc_lightning.gpt import GPT, GPTConfig, KVCache
 
 TINY = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 8}
@@ -194,3 +196,18 @@ def test_cropping_to_more_than_there_is_names_both_sizes():
 def test_impossible_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**TINY | changes)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_attention_written_out_for_bf16_on_a_cpu_is_the_same(is_masked):
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 3, 5, 4).bfloat16().requires_grad_() for _ in range(3)]
+    mask = torch.ones(5, 5, dtype=torch.bool).tril() if is_masked else None
+    ours = gpt._attend(*parts, mask, 0.0)
+    exact = [part.detach().float().requires_grad_() for part in parts]
+    theirs = F.scaled_dot_product_attention(*exact, is_causal=True)
+    ours.float().square().sum().backward()
+    theirs.square().sum().backward()
+    torch.testing.assert_close(ours.float(), theirs, atol=0.02, rtol=0.02)  # bf16 has 8 bits
+    for part, reference in zip(parts, exact, strict=True):
+        torch.testing.assert_close(part.grad.float(), reference.grad, atol=0.1, rtol=0.05)

@@ -65,10 +65,10 @@ def test_a_number_that_is_not_finite_ends_the_run_with_step_and_rows(tmp_path, d
 
 
 def test_no_checkpoint_is_written_with_spoilt_weights(tmp_path, data):
-    poison = Poison("loss", at=3)
+    poison = Poison("loss", at=1)
     stopped(tmp_path, data, poison, log_every_n_steps=50, save_every=1)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt")
-    assert saved["global_step"] == 3
+    assert saved["global_step"] == 1
     assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
 
 

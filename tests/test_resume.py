@@ -1,5 +1,6 @@
 """A run that was stopped, however, ends bit for bit as the run that never was."""
 
+import itertools
 import json
 import os
 import random
@@ -144,9 +145,16 @@ def test_a_signal_saves_says_where_and_loses_nothing(tmp_path, data, capsys, num
     assert without_repeats(read_lines(root / "log.jsonl")) == logged
 
 
+PORTS = itertools.count(20_000 + os.getpid() % 1_000 * 10)  # below those that systems hand out
+
+
 def start(root, data, **options):
     command = [sys.executable, str(TRAINING), str(root), str(data), json.dumps(options)]
-    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    # Runs side by side, left to find a free port themselves, may find the same one and mix ranks.
+    port = {"MASTER_PORT": str(next(PORTS))}
+    return subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, text=True, env=os.environ | port
+    )
 
 
 def wait_for_batches(root, process, number):

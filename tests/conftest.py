@@ -4,6 +4,16 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_it_was():
+    """Lightning leaves a run's MASTER_PORT behind, on which the next runs would meet."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -1,5 +1,6 @@
 """A run that was stopped, however, ends bit for bit as the run that never was."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -148,22 +149,40 @@ def test_a_signal_saves_says_where_and_loses_nothing(tmp_path, data, capsys, num
 PORTS = itertools.count(20_000 + os.getpid() % 1_000 * 10)  # below those that systems hand out
 
 
-def start(root, data, **options):
-    command = [sys.executable, str(TRAINING), str(root), str(data), json.dumps(options)]
-    # Runs side by side, left to find a free port themselves, may find the same one and mix ranks.
-    port = {"MASTER_PORT": str(next(PORTS))}
-    return subprocess.Popen(
-        command, start_new_session=True, stderr=subprocess.PIPE, text=True, env=os.environ | port
-    )
+@pytest.fixture
+def start():
+    """A function that starts a run in processes of its own, which end with the test."""
+    started = []
+
+    def start(root, data, **options):
+        command = [sys.executable, str(TRAINING), str(root), str(data), json.dumps(options)]
+        # Runs side by side, left to find a free port themselves, may find the same one.
+        env = os.environ | {"MASTER_PORT": str(next(PORTS))}
+        started.append(
+            subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, env=env)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for_batches(root, process, number):
-    while process.poll() is None and len(read_lines(root / "rows-0.jsonl")) < number:
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
+def wait_for_batches(root, process, number):
+    file = root / "rows-0.jsonl"
+    wait_until(lambda: process.poll() is not None or len(read_lines(file)) >= number)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_killed_at_any_step_ends_as_the_one_that_was_not(tmp_path, data, ranks):
+def test_a_run_killed_at_any_step_ends_as_the_one_that_was_not(tmp_path, data, start, ranks):
     options = {
         "max_epochs": 3,
         "accumulate_grad_batches": 2,
@@ -186,14 +205,14 @@ def test_a_run_killed_at_any_step_ends_as_the_one_that_was_not(tmp_path, data, r
     assert without_repeats(logs[1]) == logs[0]
 
 
-def test_a_signal_to_one_rank_stops_all_of_them_together(tmp_path, data):
+def test_a_signal_to_one_rank_stops_all_of_them_together(tmp_path, data, start):
     options = {"max_epochs": 200, "devices": 2, "strategy": "ddp", "batch_size": 2}
     process = start(tmp_path, data, **options)
     wait_for_batches(tmp_path, process, 3)
     process.send_signal(signal.SIGTERM)  # to rank 0 only
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, error
-    assert error.count("stopped after step") == 1
+    assert error.decode().count("stopped after step") == 1
     torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
 
 
@@ -206,8 +225,7 @@ def test_a_kill_while_writing_leaves_a_readable_checkpoint(tmp_path):
             for i in range(10**9):
                 content = {"i": i, "weights": torch.full((1_000_000,), i)}
                 AtomicCheckpointIO().save_checkpoint(content, file)
-        while not file.exists() or file.stat().st_mtime_ns == before:
-            time.sleep(0.001)
+        wait_until(lambda: file.exists() and file.stat().st_mtime_ns != before)  # noqa: B023
         time.sleep(random.random() / 50)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -104,14 +104,16 @@ def samples_as_markdown(predictions: Sequence[Prediction]) -> str:
     lines = [
         f"{num_right} of {len(predictions)} right",
         "",
-        "| | input | actual | predicted | sure |",
-        "|---|---|---|---|---:|",
+        "| | input | actual | predicted, and how sure |",
+        "|---|---|---|---|",
     ]
     for p in predictions:
         command = re.sub(r"([\\`*_{}\[\]|#!])", r"\\\1", p.command).replace("<", "&lt;")
         actual = _marked(p.expected, p.predicted)
         predicted = _marked(p.predicted, p.expected) if p.predicted else f"**{_code(p.shown)}**"
-        cells = ("✓" if p.is_match else "**✗**", command, actual, predicted, f"{p.confidence:.0%}")
+        # Not a column: TensorBoard would make it so narrow that numbers break.
+        predicted = f"{predicted} {p.confidence:.0%}"
+        cells = ("✓" if p.is_match else "**✗**", command, actual, predicted)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -129,8 +131,8 @@ def _marked(call: FunctionCall, other: FunctionCall | None) -> str:
 
 
 def _code(text: str) -> str:
-    plain = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
-    return f"`{plain}`"
+    plain = " ".join(text.split()).replace("`", "'")
+    return f"`{plain}`"  # in code a | divides no cells
 
 
 class ValidateCalls(L.Callback):

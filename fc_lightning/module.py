@@ -136,7 +136,8 @@ class FunctionCallModule(L.LightningModule):
         torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
         self.log("train/loss", loss / num_tokens, prog_bar=True)
         self.log("train/learning_rate", optimizer.param_groups[-1]["lr"])  # AdamW's, with Muon too
-        self.log("step", float(self.trainer.global_step))  # else Lightning adds a chart of epochs
+        # The step that this becomes; without it Lightning adds a chart of epochs.
+        self.log("step", float(self.trainer.global_step + 1))
         self._start_window()
 
     def configure_gradient_clipping(

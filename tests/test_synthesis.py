@@ -10,7 +10,13 @@ import pytest
 
 from fc_lightning.calls import FunctionCall, parse_call
 from fc_lightning.chat import Example
-from fc_lightning.functions import Registry, RegistryError, load_registry, registry_from_source
+from fc_lightning.functions import (
+    VEHICLE,
+    Registry,
+    RegistryError,
+    load_registry,
+    registry_from_source,
+)
 from fc_lightning.sentences import compile_groups
 from fc_lightning.synthesis import ANY_TEXT, NOT_SAID, coverage, synthesize, write_data_folder
 
@@ -358,3 +364,13 @@ def test_invented_names_are_new_and_are_the_value():
     assert all(name in row.lower() for row, name in zip(rows, names, strict=True))
     assert {len(name.split()) for name in names} == {1, 2}
     assert len(set(names)) > 150
+
+
+def test_the_smart_home_is_said_whole_and_validly():
+    home = load_registry(VEHICLE.with_name("smart_home.yaml"))
+    examples = synthesize(home, num_examples=5_000)
+    calls = [parse_call(row.assistant) for row in examples.train + examples.test]
+    assert [call for call in calls if home.violations(call)] == []
+    assert [row for row, count in coverage(home, calls).items() if not count] == []
+    commands = [{letters(row.command) for row in rows} for rows in (examples.train, examples.test)]
+    assert not commands[0] & commands[1]

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fc_lightning.calls import FunctionCall, parse_call, value_key
-from fc_lightning.chat import decode_response, encode_command
+from fc_lightning.chat import SYSTEM, decode_response, encode_command
 from fc_lightning.checkpoint import load_gpt, load_registry_source
 from fc_lightning.decoding import generate, prefill
 from fc_lightning.functions import Registry, load_registry, registry_from_source
@@ -132,17 +132,20 @@ class FunctionCaller:
         self,
         commands: Sequence[str],
         *,
+        systems: Sequence[str] | None = None,
         constrained: bool = True,
         on_progress: Callable[[int], object] | None = None,
     ) -> list[Response]:
         """The model's own text for each command, in order; unconstrained, it may be no call.
 
-        `on_progress` is told how many more commands are answered, batch by batch.
+        `systems` are the system prompts, one for each command, as data files hold them; by
+        default the one that all of this package's data has. `on_progress` is told how many more
+        commands are answered, batch by batch.
 
         Raises:
-            ValueError: a command is empty, or too long for the model.
+            ValueError: a command is empty, or too long for the model; of many, its number is told.
         """
-        prompts = [self._encode(command) for command in commands]
+        prompts = self._encode(commands, [SYSTEM] * len(commands) if systems is None else systems)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: dict[int, Response] = {}
         for start in range(0, len(prompts), self._batch_size):
@@ -179,15 +182,22 @@ class FunctionCaller:
             )
         return handlers[call.name](**call.arguments)
 
-    def _encode(self, command: str) -> list[int]:
-        ids = encode_command(command)
+    def _encode(self, commands: Sequence[str], systems: Sequence[str]) -> list[list[int]]:
         room = self.model.config.block_size - self._max_new_tokens
-        if len(ids) > room:
-            raise ValueError(
-                f"the command is too long: with the system prompt it takes {len(ids):,} tokens, "
-                f"and the model has room for {room:,} besides the call; shorten {command!r:.60}"
-            )
-        return ids
+        prompts: list[list[int]] = []
+        for command, system in zip(commands, systems, strict=True):
+            which = f"command {len(prompts)}: " if len(commands) > 1 else ""
+            try:
+                prompts.append(encode_command(command, system=system))
+            except ValueError as error:
+                raise ValueError(f"{which}{error}") from None
+            if (num_tokens := len(prompts[-1])) > room:
+                raise ValueError(
+                    f"{which}the command is too long: with the system prompt it takes "
+                    f"{num_tokens:,} tokens, and the model has room for {room:,} besides the "
+                    f"call; shorten {command!r:.60}"
+                )
+        return prompts
 
 
 def quantize_int8(model: GPT) -> GPT:

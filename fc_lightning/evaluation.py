@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fc_lightning.calls import FunctionCall
+from fc_lightning.chat import encode_command
 from fc_lightning.dataset import DataError, Row
 from fc_lightning.functions import Registry
 from fc_lightning.metrics import CallMetrics, compare_calls, read_call
@@ -33,13 +34,19 @@ class Response(Protocol):
 class Caller(Protocol):
     """What is evaluated: a FunctionCaller, or any other way of answering commands.
 
-    `respond` answers in order, and tells `on_progress` how many more commands are answered.
+    `respond` answers in order, each command after its own system prompt, and tells `on_progress`
+    how many more commands are answered.
     """
 
     @property
     def registry(self) -> Registry: ...
     def respond(
-        self, commands: Sequence[str], *, constrained: bool, on_progress: Callable[[int], object]
+        self,
+        commands: Sequence[str],
+        *,
+        systems: Sequence[str],
+        constrained: bool,
+        on_progress: Callable[[int], object],
     ) -> Sequence[Response]: ...
 
 
@@ -85,8 +92,8 @@ def _expected_calls(rows: Sequence[Row], registry: Registry) -> list[FunctionCal
             problems.append(f"{row.where}: no readable call")
         elif registry.spec(call.name) is None:
             problems.append(f"{row.where}: calls the unknown function {call.name!r}")
-        elif not row.example.command.strip():
-            problems.append(f"{row.where}: the command is empty")
+        elif problem := _problem_of(row.example.command):
+            problems.append(f"{row.where}: {problem}")
         else:
             calls.append(call)
     if problems:
@@ -97,6 +104,15 @@ def _expected_calls(rows: Sequence[Row], registry: Registry) -> list[FunctionCal
             f" correct or remove them (`doctor` lists all):\n{listed}"
         )
     return calls
+
+
+def _problem_of(command: str) -> str | None:
+    """Why nobody could be answered who says this; too long is what only a model can tell."""
+    try:
+        encode_command(command)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _evaluate(
@@ -111,6 +127,7 @@ def _evaluate(
     start = time.perf_counter()
     responses = caller.respond(
         [row.example.command for row in rows],
+        systems=[row.example.system for row in rows],
         constrained=constrained,
         on_progress=lambda num_more: progress.advance(task, num_more),
     )

@@ -18,7 +18,7 @@ from fc_lightning.caller import (
     quantize_int8,
 )
 from fc_lightning.calls import FunctionCall, parse_call
-from fc_lightning.chat import decode_response, encode_command, render_response
+from fc_lightning.chat import SYSTEM, decode_response, encode_command, render_response
 from fc_lightning.export import save_nanogpt
 from fc_lightning.functions import load_registry, registry_from_source
 from fc_lightning.gpt import GPT, GPTConfig
@@ -104,6 +104,16 @@ def test_unconstrained_the_model_may_say_anything(caller: FunctionCaller) -> Non
     assert 0 < response.confidence < 1e-3
 
 
+def test_each_command_is_answered_after_its_own_system_prompt(caller: FunctionCaller) -> None:
+    systems = [SYSTEM, "You are a lamp.", "Be brief."]
+    together = caller.respond(["stop"] * 3, systems=systems)
+    alone = [caller.respond(["stop"], systems=[system])[0] for system in systems]
+    assert [r.text for r in together] == [r.text for r in alone]
+    assert [r.confidence for r in together] == pytest.approx([r.confidence for r in alone])
+    assert len({r.confidence for r in together}) == 3
+    assert caller.respond(["stop"]) == caller.respond(["stop"], systems=[SYSTEM])
+
+
 def test_progress_is_told_batch_by_batch(caller: FunctionCaller) -> None:
     steps: list[int] = []
     caller.respond(COMMANDS, on_progress=steps.append)
@@ -125,7 +135,7 @@ def test_an_empty_command_is_an_error(caller: FunctionCaller, command: str) -> N
 def test_a_command_that_is_too_long_is_an_error_with_the_numbers(caller: FunctionCaller) -> None:
     with pytest.raises(ValueError, match=r"too long.* takes 5,0\d\d tokens, .* room for \d+ .*"):
         caller("go " * 5000)
-    with pytest.raises(ValueError, match="too long"):
+    with pytest.raises(ValueError, match="command 1: the command is too long"):
         caller(["stop", "x" * 10_000])
 
 

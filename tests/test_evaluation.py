@@ -1,5 +1,6 @@
 """A scripted caller over a few rows: what is asked of it, and what is made of its answers."""
 
+import dataclasses
 import io
 from collections import namedtuple
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from fc_lightning.caller import FunctionCaller
 from fc_lightning.calls import FunctionCall, render_call
-from fc_lightning.chat import Example, make_example
+from fc_lightning.chat import SYSTEM, Example, make_example
 from fc_lightning.dataset import DataError, Row
 from fc_lightning.evaluation import evaluate
 from fc_lightning.functions import load_registry
@@ -31,8 +32,9 @@ class ScriptedCaller:
         self.answers = {True: constrained, False: unconstrained or constrained}
         self.asked = []
 
-    def respond(self, commands, *, constrained, on_progress):
+    def respond(self, commands, *, systems, constrained, on_progress):
         self.asked.append((list(commands), constrained))
+        self.systems = list(systems)
         on_progress(len(commands))
         return [Response(*self.answers[constrained][command]) for command in commands]
 
@@ -57,6 +59,15 @@ def test_every_command_is_asked_twice_in_input_order():
     assert [p.row.number for p in report.constrained.predictions] == [0, 1, 2]
 
 
+def test_every_command_is_asked_after_its_own_system_prompt():
+    rows = rows_of(("lock it", LOCK), ("start", ENGINE))
+    own = dataclasses.replace(rows[1].example, system="You are a car.")
+    rows[1] = dataclasses.replace(rows[1], example=own)
+    caller = ScriptedCaller({row.example.command: ("", 0.5) for row in rows})
+    run(caller, rows)
+    assert caller.systems == [SYSTEM, "You are a car."]
+
+
 def test_both_ways_of_decoding_are_measured_apart():
     rows = rows_of(("lock it", LOCK), ("start", ENGINE))
     right = {"lock it": (render_call(LOCK), 0.9), "start": (render_call(ENGINE), 0.8)}
@@ -79,7 +90,7 @@ def test_confidence_is_calibrated_against_call_match():
 def test_rows_that_cant_be_evaluated_are_named_before_anything_is_asked():
     rows = rows_of(("lock it", LOCK), ("open", FunctionCall("open_roof", {})))
     rows.append(Row(Example("", "", "just talk"), Path("data/b.json"), 7))
-    rows += rows_of((" ", LOCK))
+    rows += rows_of(("\x00", LOCK))
     caller = ScriptedCaller({})
     with pytest.raises(DataError) as error:
         run(caller, rows)

@@ -319,7 +319,7 @@ def _with_padded_vocabulary(wte: Tensor) -> Tensor:
 class _Uninitialized(TorchFunctionMode):
     """Leaves out torch.nn.init where weights will be replaced.
 
-    On the meta device it would do nothing, but import torch._dynamo, which takes 0.9 s.
+    The meta device would do so too, but it imports sympy or torch._dynamo, 0.5 to 0.9 s.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -330,7 +330,7 @@ class _Uninitialized(TorchFunctionMode):
 
 
 def _build(config: GPTConfig, weights: dict[str, Tensor], file: Path) -> GPT:
-    with torch.device("meta"), _Uninitialized():
+    with _Uninitialized():
         model = GPT(config)
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     for problem, names in (
@@ -344,7 +344,5 @@ def _build(config: GPTConfig, weights: dict[str, Tensor], file: Path) -> GPT:
         if tuple(weights[name].shape) != shape:
             has = tuple(weights[name].shape)
             raise CheckpointError(f"{file}: {name} has shape {has}; by its other sizes, {shape}")
-    model.to_empty(device="cpu")
-    model.transformer.wte.weight = model.lm_head.weight  # to_empty unties them
     model.load_state_dict(weights)
     return model

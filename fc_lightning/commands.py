@@ -198,10 +198,10 @@ def call(
     caller = FunctionCaller.from_checkpoint(
         checkpoint, functions=functions, device=device, dtype=dtype, int8=int8
     )
-    if not text and sys.stdin.isatty():
-        return _converse(caller, constrained=not unconstrained)
     if not text:
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if sys.stdin.isatty():
+            return _converse(caller, constrained=not unconstrained)
     if not _answer_all(caller, text or sys.stdin, constrained=not unconstrained):
         sys.exit(1)
 
@@ -350,7 +350,7 @@ def benchmark_train(
     data: Path | None = None,
     shape: Literal["tiny", "20M", "gpt2", "gpt2-medium"] = "20M",
     device: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     dropout: float = 0.2,
     seconds: float = 10.0,
 ) -> None:
@@ -360,12 +360,12 @@ def benchmark_train(
         data: folder of example files; without one, 5,000 are synthesized
         shape: size of the model, whose weights are random
         device: cpu, cuda, ...; auto takes a GPU if there is one
-        batch_size: rows a step
+        batch_size: rows a step; without it, 64 on a GPU, else 32
         dropout: probability, wherever GPT-2 has it
         seconds: how long each way is measured
     """
     from fc_lightning.benchmark_train import benchmark_train as measure
-    from fc_lightning.dataset import FunctionCallDataset, Row, read_rows
+    from fc_lightning.dataset import Row, read_rows
     from fc_lightning.synthesis import synthesize
 
     if data is None:
@@ -373,9 +373,8 @@ def benchmark_train(
         rows = [Row(example, Path("synthesized"), n) for n, example in enumerate(examples)]
     else:
         rows = read_rows(data, "train")
-    dataset = FunctionCallDataset(rows, block_size=1024)
     measure(
-        dataset,
+        rows,
         shape=shape,
         device=device,
         batch_size=batch_size,

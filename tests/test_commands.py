@@ -108,7 +108,7 @@ def test_every_option_has_its_help(run, command):
 
 def imported_by(code):
     """Which of the heavy packages a fresh Python has imported after `code`."""
-    heavy = ("torch", "torch._dynamo", "lightning", "torchmetrics", "transformers")
+    heavy = ("torch", "torch._dynamo", "sympy", "lightning", "torchmetrics", "transformers")
     code = f"{code}\nimport sys\nprint('heavy:', *(m for m in {heavy} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.rpartition("heavy:")[2].split()

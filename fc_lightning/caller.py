@@ -31,6 +31,14 @@ _MIN_PROMPT_TOKENS = 96  # what a response must leave free; prompts take about 7
 _MIN_TEXT_TOKENS = 24
 
 
+class CommandError(ValueError):
+    """A command that can't be answered: `problem` says why, `number` which it is, of many."""
+
+    def __init__(self, problem: str, *, number: int | None) -> None:
+        self.problem, self.number = problem, number
+        super().__init__(problem if number is None else f"command {number}: {problem}")
+
+
 class IncompleteCall(ValueError):
     """A call that lacks required arguments; `missing` says which to ask for."""
 
@@ -122,7 +130,7 @@ class FunctionCaller:
         """The call that a command asks for; for a list of commands, a list of calls.
 
         Raises:
-            ValueError: a command is empty, or too long for the model.
+            CommandError: a command is empty, or too long for the model.
         """
         responses = self.respond([text] if isinstance(text, str) else text)
         calls = [_read(response) for response in responses]
@@ -143,7 +151,7 @@ class FunctionCaller:
         commands are answered, batch by batch.
 
         Raises:
-            ValueError: a command is empty, or too long for the model; of many, its number is told.
+            CommandError: a command is empty, or too long for the model.
         """
         prompts = self._encode(commands, [SYSTEM] * len(commands) if systems is None else systems)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -170,7 +178,7 @@ class FunctionCaller:
         Raises:
             IncompleteCall: a required argument was not said.
             UnknownHandler: `handlers` has no such function.
-            ValueError: the command is empty, or too long for the model.
+            CommandError: the command is empty, or too long for the model.
         """
         call = self(text)
         if not call.is_complete:
@@ -185,18 +193,19 @@ class FunctionCaller:
     def _encode(self, commands: Sequence[str], systems: Sequence[str]) -> list[list[int]]:
         room = self.model.config.block_size - self._max_new_tokens
         prompts: list[list[int]] = []
-        for command, system in zip(commands, systems, strict=True):
-            which = f"command {len(prompts)}: " if len(commands) > 1 else ""
+        for number, (command, system) in enumerate(zip(commands, systems, strict=True)):
+            which = number if len(commands) > 1 else None
             try:
                 prompts.append(encode_command(command, system=system))
             except ValueError as error:
-                raise ValueError(f"{which}{error}") from None
+                raise CommandError(str(error), number=which) from None
             if (num_tokens := len(prompts[-1])) > room:
-                raise ValueError(
-                    f"{which}the command is too long: with the system prompt it takes "
-                    f"{num_tokens:,} tokens, and the model has room for {room:,} besides the "
-                    f"call; shorten {command!r:.60}"
+                problem = (
+                    f"the command is too long: with the system prompt it takes {num_tokens:,} "
+                    f"tokens, and the model has room for {room:,} besides the call; shorten "
+                    f"{command!r:.60}"
                 )
+                raise CommandError(problem, number=which)
         return prompts
 
 

@@ -7,6 +7,7 @@ looks like inside the response is calls.py's business.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,9 +93,9 @@ def encode_command(command: str, *, system: str = SYSTEM) -> list[int]:
     Raises:
         ValueError: nothing was said.
     """
-    harmless = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", command)
-    if not harmless.strip():
+    if all(unicodedata.category(letter)[0] in "CZ" for letter in command):  # nothing to be seen
         raise ValueError("the command is empty; say what should be done")
+    harmless = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", command)
     harmless = harmless.replace("<|", "< |").replace("|>", "| >")
     harmless = harmless.replace("<functioncall>", "< functioncall >")
     return encode_prompt(system, f"{_USER_START}{harmless}{_USER_END}")

@@ -14,8 +14,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import Progress
 
+from fc_lightning.caller import CommandError
 from fc_lightning.calls import FunctionCall
-from fc_lightning.chat import encode_command
 from fc_lightning.dataset import DataError, Row
 from fc_lightning.functions import Registry
 from fc_lightning.metrics import CallMetrics, compare_calls, read_call
@@ -63,10 +63,10 @@ def evaluate(
     on `console`, stderr by default.
 
     Raises:
-        DataError: there are no rows, or some that can't be evaluated: nothing is said, or the
-            expected call is unreadable or unknown to the caller. Raised before the model runs,
-            with file and row of each.
-        ValueError: `output` can't be a folder, or a command is too long for the model.
+        DataError: there are no rows, or some that can't be evaluated, because the expected call
+            is unreadable or unknown to the caller, or the command empty or too long. Raised
+            before the model runs, with file and row.
+        ValueError: `output` can't be a folder.
     """
     expected = _expected_calls(rows, caller.registry)
     if output is not None:
@@ -92,8 +92,6 @@ def _expected_calls(rows: Sequence[Row], registry: Registry) -> list[FunctionCal
             problems.append(f"{row.where}: no readable call")
         elif registry.spec(call.name) is None:
             problems.append(f"{row.where}: calls the unknown function {call.name!r}")
-        elif problem := _problem_of(row.example.command):
-            problems.append(f"{row.where}: {problem}")
         else:
             calls.append(call)
     if problems:
@@ -106,15 +104,6 @@ def _expected_calls(rows: Sequence[Row], registry: Registry) -> list[FunctionCal
     return calls
 
 
-def _problem_of(command: str) -> str | None:
-    """Why nobody could be answered who says this; too long is what only a model can tell."""
-    try:
-        encode_command(command)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def _evaluate(
     caller: Caller,
     rows: Sequence[Row],
@@ -125,12 +114,15 @@ def _evaluate(
 ) -> Evaluation:
     task = progress.add_task("constrained" if constrained else "unconstrained", total=len(rows))
     start = time.perf_counter()
-    responses = caller.respond(
-        [row.example.command for row in rows],
-        systems=[row.example.system for row in rows],
-        constrained=constrained,
-        on_progress=lambda num_more: progress.advance(task, num_more),
-    )
+    try:
+        responses = caller.respond(
+            [row.example.command for row in rows],
+            systems=[row.example.system for row in rows],
+            constrained=constrained,
+            on_progress=lambda num_more: progress.advance(task, num_more),
+        )
+    except CommandError as error:
+        raise DataError(f"{rows[error.number or 0].where}: {error.problem}") from None
     duration_s = time.perf_counter() - start
     predictions = tuple(_judge(caller.registry, rows, expected, responses))
     metrics = CallMetrics(caller.registry)

@@ -244,8 +244,10 @@ def _with_interval(measures: dict[str, Any]) -> str:
 
 
 def _f1(measures: dict[str, float], prefix: str) -> str:
-    precision, recall = (measures[f"{prefix}_{name}"] for name in ("precision", "recall"))
-    return f"{_percent(measures[f'{prefix}_f1'])} ({100 * precision:.1f}, {100 * recall:.1f})"
+    f1, precision, recall = (measures[f"{prefix}_{name}"] for name in ("f1", "precision", "recall"))
+    if math.isnan(f1):
+        return "–"
+    return f"{_percent(f1)} ({_percent(precision)}, {_percent(recall)})"
 
 
 def _headline(evaluation: Evaluation) -> dict[str, str]:

@@ -126,7 +126,7 @@ def test_forged_markers_stay_within_what_was_said(caller: FunctionCaller) -> Non
     assert VEHICLE.violations(caller(COMMANDS[4])) == []
 
 
-@pytest.mark.parametrize("command", ["", "   ", "\n\t", "\x00"])
+@pytest.mark.parametrize("command", ["", "   ", "\n\t", "\x00", "\u200b\u2028", "\ud800"])
 def test_an_empty_command_is_an_error(caller: FunctionCaller, command: str) -> None:
     with pytest.raises(ValueError, match="the command is empty"):
         caller(command)

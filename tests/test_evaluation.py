@@ -46,6 +46,12 @@ def rows_of(*pairs):
     ]
 
 
+def untrained_caller():
+    torch.manual_seed(0)
+    shape = GPTConfig(block_size=512, n_layer=1, n_head=2, n_embd=16, bias=False)
+    return FunctionCaller(GPT(shape), load_registry())
+
+
 def run(caller, rows, *args):
     return evaluate(caller, rows, *args, console=Console(file=io.StringIO()))
 
@@ -90,15 +96,25 @@ def test_confidence_is_calibrated_against_call_match():
 def test_rows_that_cant_be_evaluated_are_named_before_anything_is_asked():
     rows = rows_of(("lock it", LOCK), ("open", FunctionCall("open_roof", {})))
     rows.append(Row(Example("", "", "just talk"), Path("data/b.json"), 7))
-    rows += rows_of(("\x00", LOCK))
     caller = ScriptedCaller({})
     with pytest.raises(DataError) as error:
         run(caller, rows)
-    assert "3 of 4 examples" in str(error.value)
-    assert "data/test.json: row 0: the command is empty" in str(error.value)
+    assert "2 of 3 examples" in str(error.value)
     assert "data/test.json: row 1: calls the unknown function 'open_roof'" in str(error.value)
     assert "data/b.json: row 7: no readable call" in str(error.value)
     assert caller.asked == []
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [("\x00", "the command is empty"), ("go " * 900, "the command is too long")],
+)
+def test_a_command_that_cant_be_answered_is_named(command, problem):
+    rows = rows_of(("lock it", LOCK), (command, LOCK))
+    with pytest.raises(DataError, match=rf"^data/test.json: row 1: {problem}"):
+        run(untrained_caller(), rows)
+    with pytest.raises(DataError, match=rf"^data/test.json: row 0: {problem}"):
+        run(untrained_caller(), rows_of((command, LOCK)))
 
 
 def test_only_the_first_ten_bad_rows_are_listed():
@@ -134,11 +150,8 @@ def test_the_files_are_written_only_with_an_output(tmp_path):
 
 
 def test_an_untrained_model_writes_only_valid_calls_when_constrained():
-    torch.manual_seed(0)
-    shape = GPTConfig(block_size=512, n_layer=1, n_head=2, n_embd=16, bias=False)
     commands = [f"turn it up to {i}, don't wait" for i in range(2)]
-    caller = FunctionCaller(GPT(shape), load_registry())
-    report = run(caller, rows_of(*[(command, ENGINE) for command in commands]))
+    report = run(untrained_caller(), rows_of(*[(command, ENGINE) for command in commands]))
     assert report.constrained.measures["valid"] == 1
     assert report.unconstrained.measures["valid"] == 0
     assert all(0 <= p.confidence <= 1 for p in report.constrained.predictions)

@@ -1,49 +1,39 @@
 """How fast training is, measured in one run beside the ways it is measured against.
 
-Three ways to take the same optimizer step on the same rows: the tutorial's loop (every row padded
-to 1,024 tokens, vocabulary head everywhere, each batch repeated eight times), padding to the
-batch's longest row, and this package's.
-
-Shapes: B rows, T tokens a row, N trained tokens.
+The same rows by the ways of steps.py, each with the same clipping and optimizer step after it;
+data are prepared between steps, as in a run.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.throughput import get_available_flops
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from fc_lightning.benchmark import SHAPES
 from fc_lightning.callbacks import needed_flops
 from fc_lightning.caller import computes_in_bfloat16
-from fc_lightning.dataset import FunctionCallDataset, LengthBatchSampler
-from fc_lightning.gpt import GPT
+from fc_lightning.dataset import FunctionCallDataset, Row
 from fc_lightning.module import FunctionCallModule
-from fc_lightning.tokenizer import PAD
+from fc_lightning.steps import NUM_REPEATS, Step, Way, endless_steps, warm_up
 
-NUM_REPEATS = 8  # accumulation micro-steps of the tutorial's loop, all with the same rows
 PADDED_LENGTH = 1024
-_IGNORED = -100
-
-Step = Callable[[], None]  # loss and gradients of one step
 
 
 @dataclass(frozen=True)
 class TrainTiming:
     """One row of the table; operations are those that the rows need, whatever the way spends."""
 
-    way: str
+    way: Way
     batch_size: int
+    num_steps: int  # how many were timed
     step_ms: float
     examples_per_s: float
     tokens_per_s: float
@@ -52,23 +42,25 @@ class TrainTiming:
 
 
 def benchmark_train(
-    dataset: FunctionCallDataset,
+    rows: Sequence[Row],
     *,
     shape: str = "gpt2",
     device: str = "auto",
-    batch_size: int = 64,
+    batch_size: int | None = None,
     compile: bool | None = None,
     dropout: float = 0.2,
     seconds: float = 10.0,
     console: Console | None = None,
 ) -> list[TrainTiming]:
-    """Time the three ways on rows of `dataset`, and ours with larger batches; print a table.
+    """Time the three ways on `rows`, and on a GPU ours with larger batches; print a table.
 
-    Without a GPU, the tutorial's way takes 2 rows a step instead of `batch_size`. `compile` is on
-    by default on a GPU. Each way is timed for `seconds`, after a warm-up.
+    `batch_size` is 64 on a GPU, else 32. `compile` is on by default on a GPU. Each way takes
+    steps for `seconds`, and one to warm up and one that counts however long they take. Without a
+    GPU, the tutorial's way takes steps of a single row, whose eight equal micro-steps are
+    computed once and counted eight times.
 
     Raises:
-        ValueError: an unknown shape.
+        ValueError: an unknown shape, or fewer rows than a batch.
     """
     if shape not in SHAPES:
         raise ValueError(f"there is no shape {shape!r}; choose from {', '.join(SHAPES)}")
@@ -76,17 +68,19 @@ def benchmark_train(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device.startswith("cuda")
     compile = on_gpu if compile is None else compile
+    size = batch_size or (64 if on_gpu else 32)
+    dataset = FunctionCallDataset(
+        rows, block_size=PADDED_LENGTH, pad_to_multiple_of=16 if on_gpu or compile else 1
+    )
+    measured: list[tuple[Way, int]] = [("reference", size if on_gpu else 1)]
+    measured += [("longest", size), ("ours", size)]
+    if on_gpu:
+        measured += [("ours", n * size) for n in (4, 8) if n * size <= len(dataset)]
     timings = []
-    for way, size in (
-        ("reference", batch_size if on_gpu else 2),
-        ("longest", batch_size),
-        ("ours", batch_size),
-        *((("ours", 4 * batch_size), ("ours", 8 * batch_size)) if on_gpu else ()),
-    ):
+    for way, size in measured:
         module = _module(shape, dropout=dropout, compile=compile).to(device)
-        steps = _STEPS[way](module, dataset, size)
-        timings.append(_time(module, dataset, way, size, steps, seconds=seconds))
-        del module, steps
+        timings.append(_time(module, dataset, way, size, seconds=seconds))
+        del module
         if on_gpu:
             torch.cuda.empty_cache()
     (console or Console()).print(_table(timings, shape, torch.device(device)))
@@ -106,166 +100,119 @@ def _module(shape: str, *, dropout: float, compile: bool) -> FunctionCallModule:
     )
 
 
-# ---------------------------------------------------------------- the ways
-
-
-def _ours(
-    module: FunctionCallModule, dataset: FunctionCallDataset, batch_size: int
-) -> Iterator[tuple[Step, list[int]]]:
-    for epoch in itertools.count():
-        order = LengthBatchSampler(dataset.lengths, batch_size=batch_size)
-        order.epoch = epoch
-        for rows in order:
-            if len(rows) < batch_size:
-                continue  # so that every step has the same number of examples
-            batch = dataset[rows]
-            on_device = batch._replace(
-                prefix=_to_device(batch.prefix, module.device),
-                ids=_to_device(batch.ids, module.device),
-                trained_at=_to_device(batch.trained_at, module.device),
-                targets=_to_device(batch.targets, module.device),
-            )
-            yield functools.partial(_our_step, module, on_device), rows
-
-
-def _our_step(module: FunctionCallModule, batch) -> None:
-    (module.loss_sum(batch) / len(batch.targets)).backward()
-
-
-def _padded(
-    module: FunctionCallModule,
-    dataset: FunctionCallDataset,
-    batch_size: int,
-    *,
-    length: int | None = None,
-    num_repeats: int = 1,
-) -> Iterator[tuple[Step, list[int]]]:
-    """Rows in random order, all positions through the head; to `length`, or the batch's longest."""
-    forward = torch.compile(GPT.forward, dynamic=False) if length else GPT.forward
-    forward = forward if module.hparams.compile else GPT.forward
-    random = np.random.default_rng(0)
-    while True:
-        rows = random.choice(len(dataset), batch_size, replace=False).tolist()
-        ids, targets = _pad(dataset, rows, length)
-        ids, targets = _to_device(ids, module.device), _to_device(targets, module.device)
-        yield functools.partial(_padded_step, module, forward, ids, targets, num_repeats), rows
-
-
-def _padded_step(
-    module: FunctionCallModule, forward, ids: Tensor, targets: Tensor, num_repeats: int
-) -> None:
-    for _ in range(num_repeats):
-        logits = forward(module.gpt, ids)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
-        (loss / num_repeats).backward()
-
-
-def _pad(
-    dataset: FunctionCallDataset, rows: Sequence[int], length: int | None
-) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, (B, T) each; untrained targets are ignored."""
-    length = length or int(dataset.lengths[rows].max()) - 1
-    ids = torch.full((len(rows), length), PAD)
-    targets = torch.full((len(rows), length), _IGNORED)
-    for i, row in enumerate(rows):
-        whole = torch.from_numpy(dataset.row_ids(row).astype(np.int64))
-        first = int(dataset.prompt_lengths[row]) - 1
-        ids[i, : len(whole) - 1] = whole[:-1]
-        targets[i, first : len(whole) - 1] = whole[first + 1 :]
-    return ids, targets
-
-
-_STEPS: dict[str, Callable[..., Iterator[tuple[Step, list[int]]]]] = {
-    "reference": functools.partial(_padded, length=PADDED_LENGTH, num_repeats=NUM_REPEATS),
-    "longest": _padded,
-    "ours": _ours,
-}
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 # ---------------------------------------------------------------- the clock
 
 
 def _time(
     module: FunctionCallModule,
     dataset: FunctionCallDataset,
-    way: str,
+    way: Way,
     batch_size: int,
-    steps: Iterator[tuple[Step, list[int]]],
     *,
     seconds: float,
 ) -> TrainTiming:
-    device = module.device
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=device.type == "cuda")
+    on_gpu = module.device.type == "cuda"
+    is_shortened = way == "reference" and not on_gpu
+    steps = endless_steps(
+        way, module, dataset, batch_size=batch_size, num_repeats=1 if is_shortened else NUM_REPEATS
+    )
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=on_gpu)
     module.train()
-    num_warmup = 30 if device.type == "cuda" else 1  # covers every compiled shape
-    rows: list[int] = []
-    start = time.perf_counter()
-    for n, (step, step_rows) in enumerate(steps):
-        if n == num_warmup:
-            _wait(device)
-            start, rows = time.perf_counter(), []
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-        rows += step_rows
-        with torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(device)):
-            step()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+    if module.hparams.compile:
+        warm_up(steps, len(dataset) // batch_size)
         optimizer.zero_grad()
-        if n >= num_warmup and (device.type == "cpu" or (n - num_warmup) % 10 == 9):
-            _wait(device)
-            if time.perf_counter() - start > seconds:
-                break
-    elapsed = time.perf_counter() - start
-    needed = 3 * sum(needed_flops(module, dataset[part]) for part in _parts(rows, batch_size))
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    timed: list[tuple[float, list[Step]]] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(timed) < 2:
+        # The host waits for a GPU once in ten steps, as rarely as in a run.
+        some = itertools.islice(steps, 10 if on_gpu else 1)
+        timed.append(_take(module, optimizer, some, num_times=NUM_REPEATS if is_shortened else 1))
+    timed = timed[1:]
+    elapsed = sum(duration for duration, _ in timed)
+    batches = [step.rows for _, taken in timed for step in taken]
+    rows = [row for batch in batches for row in batch]
     return TrainTiming(
         way,
         batch_size,
-        1e3 * elapsed * batch_size / len(rows),
+        len(batches),
+        1e3 * elapsed / len(batches),
         len(rows) / elapsed,
         int((dataset.lengths[rows] - 1).sum()) / elapsed,
-        needed / elapsed,
-        torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        3 * sum(needed_flops(module, dataset[batch]) for batch in batches) / elapsed,
+        torch.cuda.max_memory_allocated() if on_gpu else None,
     )
 
 
-def _parts(rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    yield from (list(rows[i : i + size]) for i in range(0, len(rows), size))
+def _take(
+    module: FunctionCallModule,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterator[Step],
+    *,
+    num_times: int,
+) -> tuple[float, list[Step]]:
+    """Take steps; how long they took in seconds, their gradients counted `num_times`."""
+    taken, uncounted_s = [], 0.0
+    start = time.perf_counter()
+    for step in steps:
+        begin = time.perf_counter()
+        step.add_gradients()
+        uncounted_s += (num_times - 1) * (time.perf_counter() - begin)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.append(step)
+    if module.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start + uncounted_s, taken
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ---------------------------------------------------------------- the table
 
 
 def _table(timings: Sequence[TrainTiming], shape: str, device: torch.device) -> Table:
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    on_gpu = device.type == "cuda"
+    threads = f"CPU, threads: {torch.get_num_threads()}"
+    where = torch.cuda.get_device_name(device) if on_gpu else threads
     dtype = torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
-    peak = get_available_flops(device, dtype) if device.type == "cuda" else None
-    title = f"{shape}, {where}, torch {torch.__version__}, {str(dtype)[6:]}"
-    names = ["way", "rows", "ms/step", "examples/s", "times", "tokens/s", "TFLOP/s"]
-    if device.type == "cuda":
+    peak = get_available_flops(device, dtype) if on_gpu else None
+    names = ["way", "rows", "steps", "ms/step", "examples/s", "times", "tokens/s", "TFLOP/s"]
+    if on_gpu:
         names += ["MFU", "GB"]
-    table = Table(title=title)
+    caption = "FLOPs that the rows need: no padding, no repeat, the shared prefix once a batch"
+    if not on_gpu:
+        caption += (
+            f"\nreference: 1 row a step, one of its {NUM_REPEATS} equal micro-steps measured"
+            "\nMFU and memory: neither a CPU's peak nor its memory by way is known"
+        )
+    elif peak is None:
+        caption += "\nMFU: the peak of this GPU is not known"
+    table = Table(
+        title=f"{shape}, {where}, torch {torch.__version__}, {str(dtype)[6:]}",
+        caption=caption,
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
     for t in timings:
         cells = [
             t.way,
             f"{t.batch_size}",
-            f"{t.step_ms:,.1f}",
-            f"{t.examples_per_s:,.4g}",
-            f"{t.examples_per_s / timings[0].examples_per_s:,.1f}",
-            f"{t.tokens_per_s:,.0f}",
-            f"{t.flops_per_s / 1e12:,.3g}",
+            f"{t.num_steps}",
+            _three_digits(t.step_ms),
+            _three_digits(t.examples_per_s),
+            _three_digits(t.examples_per_s / timings[0].examples_per_s),
+            _three_digits(t.tokens_per_s),
+            _three_digits(t.flops_per_s / 1e12),
             f"{t.flops_per_s / peak:.1%}" if peak else "",
             f"{t.peak_bytes / 1e9:.1f}" if t.peak_bytes else "",
         ]
         table.add_row(*cells[: len(names)])
     return table
+
+
+def _three_digits(value: float) -> str:
+    """12,345, 123, 12.3, 1.23, 0.0123"""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,46 @@
+"""What the table of ways to train says is what was measured."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from training import example
+
+from fc_lightning.benchmark import SHAPES
+from fc_lightning.benchmark_train import benchmark_train
+from fc_lightning.dataset import Row
+from fc_lightning.gpt import GPTConfig
+
+ROWS = [Row(example(i), Path("train.json"), i) for i in range(8)]
+
+
+def test_the_table_has_a_line_a_way_with_ratios_to_the_first(monkeypatch):
+    tiny = GPTConfig(n_layer=1, n_head=1, n_embd=8, bias=False)
+    monkeypatch.setitem(SHAPES, "tiny", tiny)
+    monkeypatch.setattr("fc_lightning.benchmark_train.PADDED_LENGTH", 160)
+    console = Console(record=True, width=80)
+    timings = benchmark_train(
+        ROWS, shape="tiny", device="cpu", batch_size=4, seconds=0.0, console=console
+    )
+    assert [(t.way, t.batch_size, t.num_steps) for t in timings] == [
+        ("reference", 1, 1),
+        ("longest", 4, 1),
+        ("ours", 4, 1),
+    ]
+    reference, longest, ours = timings
+    for t in (longest, ours):
+        assert t.examples_per_s == pytest.approx(4000 / t.step_ms)
+    # All have read rows of this length, whatever they spent on padding.
+    tokens = [t.tokens_per_s / t.examples_per_s for t in timings]
+    assert max(tokens) < 160 and min(tokens) > 50
+    said = console.export_text()
+    ratio = ours.examples_per_s / reference.examples_per_s
+    shown = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+    [line] = [line.split() for line in said.splitlines() if line.startswith(" ours")]
+    assert line[1:3] == ["4", "1"] and line[5] == shown
+    assert "…" not in said and "MFU and memory: neither" in said
+
+
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match="no shape 'huge'; choose from tiny"):
+        benchmark_train(ROWS, shape="huge")

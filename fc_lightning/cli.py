@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
+import lightning as L
 import torch
 import yaml
 from jsonargparse import Namespace
@@ -21,6 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls, ValidateLastStep
@@ -57,7 +61,8 @@ class FunctionCallCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data module shares rows out exactly
                 "default_root_dir": "outputs",
                 "log_every_n_steps": 10,
-                "callbacks": [ExplainFailures(), ValidateLastStep()],
+                "enable_model_summary": False,  # _SayStart says what a user asks
+                "callbacks": [_SayStart(), ExplainFailures(), ValidateLastStep()],
                 "plugins": [{"class_path": "fc_lightning.durability.AtomicCheckpointIO"}],
             },
             seed_everything_default=1337,
@@ -81,6 +86,12 @@ class FunctionCallCLI(LightningCLI):
         parser.add_lightning_class_args(SampleCalls, "samples")
         parser.add_lightning_class_args(ValidateCalls, "calls")
         parser.add_lightning_class_args(Throughput, "throughput")
+
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        if "verbose" in parser.get_defaults():
+            parser.set_defaults({"verbose": False})  # our table says it, in the order of interest
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         _reject_unknown_keys(args, self._subcommand_parsers)
@@ -148,27 +159,51 @@ class FunctionCallCLI(LightningCLI):
         calls = next(c for c in self.trainer.callbacks if isinstance(c, ValidateCalls))
         wrong = [p for p in calls.predictions if not p.is_match][:3]
         right = [p for p in calls.predictions if p.is_match]
-        for p in [*right[:: max(1, len(right) // 3)][:3], *wrong]:
+        shown = [*right[:: max(1, len(right) // 3)][:3], *wrong]
+        for p in shown:
             mark = "[green]ok[/]" if p.is_match else "[red]x [/]"
-            console.print(f"{mark} [bold]{p.command}[/]", highlight=False)
+            console.print(f"{mark} [bold]{escape(p.command)}[/]", highlight=False)
             console.print(f"   {p.shown}", style="dim", markup=False, highlight=False)
             if not p.is_match:
                 console.print(f"   should be {p.expected}", markup=False, style="dim")
-        root = Path(self.trainer.default_root_dir)
-        if isinstance(self.datamodule, TextDataModule):
-            then = f"fine-tune it     python -m fc_lightning fit --model.pretrained_dir {best}"
-        else:
-            then = (
-                f"samples          {root / 'samples' / 'val_sample.txt'}\n"
-                f"try it           python -m fc_lightning call --checkpoint {best}"
-                ' "make it warmer in the back"'
+        checkpoint, root = _from_here(best), _from_here(self.trainer.default_root_dir)
+        lines = [f"best checkpoint  {checkpoint}", f"TensorBoard      tensorboard --logdir {root}"]
+        if (root / "samples").is_dir():
+            lines.append(f"samples          {root / 'samples' / 'val_sample.txt'}")
+        command = f"python -m fc_lightning {{}} {checkpoint}"
+        if shown:
+            words = _quoted(shown[0].command)
+            lines.append(f"try it           {command.format('call --checkpoint')} {words}")
+        elif isinstance(self.datamodule, TextDataModule):
+            lines.append(f"fine-tune it     {command.format('fit --model.pretrained_dir')}")
+        console.print("", *lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
+class _SayStart(L.Callback):
+    """Says what is about to be trained, on what, and for how long."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            num_parameters = sum(p.numel() for p in pl_module.parameters())
+            source = trainer.ckpt_path or pl_module.hparams["pretrained_dir"] or "random weights"
+            data, num_devices = trainer.datamodule, trainer.world_size
+            device = pl_module.device.type + (f" x {num_devices}" if num_devices > 1 else "")
+            print(
+                f"{num_parameters / 1e6:.1f} M parameters, from {source}\n"
+                f"{len(data.train_set):,} rows for training, {len(data.val_set):,} for validation\n"
+                f"{trainer.estimated_stepping_batches:,} steps on {device}, {trainer.precision}"
             )
-        console.print(
-            f"\nbest checkpoint  {best}\nTensorBoard      tensorboard --logdir {root}\n{then}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+
+
+def _quoted(words: str) -> str:
+    """Words for a shell, in the quotes that people type wherever these will do."""
+    return shlex.quote(words) if set(words) & set('"$`\\!') else f'"{words}"'
+
+
+def _from_here(path: str) -> Path:
+    """A path as short as it can be said in this folder."""
+    here, there = Path.cwd(), Path(path).absolute()
+    return there.relative_to(here) if there.is_relative_to(here) else there
 
 
 def main(args: list[str]) -> None:
@@ -181,6 +216,9 @@ def main(args: list[str]) -> None:
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own
     # Right: batches are collated in 0.1 ms, so workers would only take the cores from training.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # An advertisement.
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "litlogger" not in record.getMessage())
     try:
         FunctionCallCLI(args)
     except RuntimeError as error:

@@ -224,7 +224,7 @@ def _feed(model: GPT, rows: list[_Row], cache: KVCache) -> Tensor:
     Rows differ in how many tokens they must feed, so each feeds its last T: a token fed again
     writes the same key and value, and every row's last token stands in the last column.
     """
-    device = cache.keys.device
+    device = cache.entries.device
     T = max(1, *(len(row.ids) - row.num_cached for row in rows if not row.is_done))
     ends = [len(row.ids) for row in rows]
     ids = [[row.ids[0]] * (T - end) + row.ids[-T:] for row, end in zip(rows, ends, strict=True)]

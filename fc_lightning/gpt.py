@@ -47,7 +47,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, (L, B, H, S, D), written in place at given positions."""
+    """Keys and values of every layer, (L, 2, B, H, S, D), written in place at given positions."""
 
     def __init__(
         self,
@@ -59,19 +59,17 @@ class KVCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, num_positions, head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.n_layer, 2, batch_size, config.n_head, num_positions, head_size)
+        self.entries = torch.zeros(shape, device=device, dtype=dtype)
 
     @property
     def num_positions(self) -> int:
-        return self.keys.size(3)
+        return self.entries.size(4)
 
     def first(self, num_positions: int) -> KVCache:
         """The first positions, sharing memory: attention then reads no further than it must."""
         view = copy.copy(self)
-        view.keys = self.keys[:, :, :, :num_positions]
-        view.values = self.values[:, :, :, :num_positions]
+        view.entries = self.entries[..., :num_positions, :]
         return view
 
     def resized(self, rows: Sequence[int], num_positions: int) -> KVCache:
@@ -80,23 +78,24 @@ class KVCache:
         A row may be given more than once: so a shared prefix is laid out for many.
         """
         chosen = copy.copy(self)
-        L, _, H, S, D = self.keys.shape
+        L, _, _, H, S, D = self.entries.shape
         S = min(S, num_positions)
-        chosen.keys = self.keys.new_zeros(L, len(rows), H, num_positions, D)
-        chosen.values = torch.zeros_like(chosen.keys)
-        chosen.keys[:, :, :, :S] = self.keys[:, rows, :, :S]
-        chosen.values[:, :, :, :S] = self.values[:, rows, :, :S]
+        chosen.entries = self.entries.new_zeros(L, 2, len(rows), H, num_positions, D)
+        chosen.entries[..., :S, :] = self.entries[:, :, rows, :, :S]
         return chosen
 
-    def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put key and value (B, H, T, D) of one layer at `positions` (B, T)."""
+    def write(self, layer: int, positions: Tensor, new: Tensor) -> Tensor:
+        """Put one layer's new keys and values (B, T, 2, H, D) at `positions` (B, T).
+
+        Returns all of the layer's, (2, B, H, S, D).
+        """
+        entries = self.entries[layer]
         if len(positions) == 1:  # the same in fewer operations, which count for a single row
-            self.keys[layer].index_copy_(2, positions[0], key)
-            self.values[layer].index_copy_(2, positions[0], value)
-            return
-        rows = torch.arange(positions.size(0), device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = key.transpose(1, 2)  # (B, T, H, D)
-        self.values[layer][rows, :, positions] = value.transpose(1, 2)
+            entries.index_copy_(3, positions[0], new.permute(2, 0, 3, 1, 4))
+        else:
+            rows = torch.arange(len(positions), device=positions.device)[:, None]
+            entries[:, rows, :, positions] = new
+        return entries
 
 
 class LayerNorm(nn.Module):
@@ -120,17 +119,14 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
 
     def forward(
-        self, x: Tensor, positions: Tensor | None, cache: KVCache | None, is_visible: Tensor | None
+        self, x: Tensor, positions: Tensor | None, cache: KVCache | None, mask: Tensor | None
     ) -> Tensor:
         B, T, C = x.shape
-        query, key, value = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-            for part in self.c_attn(x).split(C, dim=2)
-        )
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         if cache is not None and positions is not None:
-            cache.write(self.layer, positions, key, value)
-            key, value = cache.keys[self.layer], cache.values[self.layer]  # (B, H, S, D)
-        y = _attend(query, key, value, is_visible, self.dropout if self.training else 0.0)
+            key, value = cache.write(self.layer, positions, qkv[:, :, 1:])  # (B, H, S, D)
+        y = _attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
     def forward_shared(self, x: Tensor, num_rows: int, is_visible: Tensor) -> Tensor:
@@ -154,24 +150,27 @@ class CausalSelfAttention(nn.Module):
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, is_visible: Tensor | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D), causal without a mask."""
+    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D), causal without a mask.
+
+    A mask is boolean, True where a query sees a key, or what is added to their scores.
+    """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or not query.requires_grad:
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=is_visible,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=is_visible is None,
+            is_causal=mask is None,
         )
     # torch 2.13's fused kernel for CPUs takes 189 ms there and back for 64 rows of 80 tokens in
     # bf16, written out it takes 33 (one thread, AVX-512).
-    if is_visible is None:
-        is_visible = query.new_ones(query.size(2), key.size(2), dtype=torch.bool).tril()
+    if mask is None:
+        mask = query.new_ones(query.size(2), key.size(2), dtype=torch.bool).tril()
     scores = (query / math.sqrt(query.size(3))) @ key.transpose(2, 3)  # (B, H, T, S)
-    weights = scores.float().masked_fill(~is_visible, -torch.inf).softmax(dim=3)
+    weights = scores.float().masked_fill(~mask, -torch.inf).softmax(dim=3)
     return F.dropout(weights, dropout).to(value.dtype) @ value
 
 
@@ -196,9 +195,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, positions: Tensor | None, cache: KVCache | None, is_visible: Tensor | None
+        self, x: Tensor, positions: Tensor | None, cache: KVCache | None, mask: Tensor | None
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), positions, cache, is_visible)
+        x = x + self.attn(self.ln_1(x), positions, cache, mask)
         return x + self.mlp(self.ln_2(x))
 
     def forward_shared(self, x: Tensor, num_rows: int, is_visible: Tensor) -> Tensor:
@@ -264,15 +263,17 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{ids.size(1)} tokens, but the model has {self.config.block_size} positions"
             )
-        is_visible = None
+        mask = None
         if cache is not None:
             assert positions is not None, "with a cache, say where the tokens stand"
             seen = torch.arange(cache.num_positions, device=ids.device)
             is_visible = seen <= positions[:, None, :, None]  # (B, 1, T, S)
+            # Added to the scores; of a boolean mask each layer would make this anew.
+            mask = cache.entries.new_zeros(()).where(is_visible, -torch.inf)
         where = torch.arange(ids.size(1), device=ids.device) if positions is None else positions
         x = self.transformer.drop(self.transformer.wte(ids) + self.transformer.wpe(where))
         for block in self.transformer.h:
-            x = run_block(block, x, positions, cache, is_visible)
+            x = run_block(block, x, positions, cache, mask)
         return self.transformer.ln_f(x)
 
     def hidden_states_after(

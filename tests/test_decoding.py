@@ -203,10 +203,10 @@ def test_sampling_follows_the_model_and_the_generator() -> None:
 
 def test_keys_and_values_have_the_precision_of_autocast() -> None:
     model = tiny_gpt()
-    assert prefill(model, [5, 6]).cache.keys.dtype == torch.float32
+    assert prefill(model, [5, 6]).cache.entries.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         prefix = prefill(model, [5, 6])
-        assert prefix.cache.keys.dtype == torch.bfloat16
+        assert prefix.cache.entries.dtype == torch.bfloat16
         assert len(generate(model, PROMPTS, max_new_tokens=5, prefix=prefix)) == len(PROMPTS)
 
 

@@ -134,7 +134,9 @@ def test_a_cache_laid_out_for_more_rows_and_positions_decodes_as_before():
         full = model(torch.cat([prefix[owners], rows], dim=1))
     torch.testing.assert_close(logits, full[:, 4:])
     assert wider.first(9).num_positions == 9
-    assert wider.keys[:, :, :, 8].any() and not wider.keys[:, :, :, 9:].any()  # memory is shared
+    assert (
+        wider.entries[..., 8, :].any() and not wider.entries[..., 9:, :].any()
+    )  # memory is shared
 
 
 def test_a_cache_needs_positions():

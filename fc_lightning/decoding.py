@@ -10,17 +10,21 @@ Shapes: B batch, T tokens fed at once, K allowed ids, V vocabulary, C width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fc_lightning.gpt import GPT, KVCache
 from fc_lightning.tokenizer import END_OF_TEXT
 
 _SPARE_POSITIONS = 32  # how far the cache grows at once
+# Not cuDNN's attention, which makes a plan for every new shape, as nearly every pass here has.
+_GPU_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Allow(Protocol):
@@ -146,7 +150,7 @@ def generate(
     results = {row.place: row for row in rows}
     shared = (prefix or prefill(model, [])).cache.first(num_shared)
     longest = max(len(row.ids) for row in rows)
-    cache = shared.resized([0] * len(rows), longest + _SPARE_POSITIONS)
+    cache = shared.resized([0] * len(rows), _in_eights(longest + _SPARE_POSITIONS))
     while not all(row.is_done for row in rows):
         rows, cache = _fit(rows, cache)
         states = _feed(model, rows, cache)
@@ -229,12 +233,12 @@ def _feed(model: GPT, rows: list[_Row], cache: KVCache) -> Tensor:
     ends = [len(row.ids) for row in rows]
     ids = [[row.ids[0]] * (T - end) + row.ids[-T:] for row, end in zip(rows, ends, strict=True)]
     positions = torch.tensor(ends)[:, None] + torch.arange(-T, 0)  # (B, T)
-    num_visible = min(-(-max(ends) // 8) * 8, cache.num_positions)  # kernels want masks in eights
-    states = model.hidden_states(
-        torch.tensor(ids, device=device),
-        positions=positions.clamp(min=0).to(device),
-        cache=cache.first(num_visible),
-    )
+    with sdpa_kernel(_GPU_ATTENTION) if device.type == "cuda" else contextlib.nullcontext():
+        states = model.hidden_states(
+            torch.tensor(ids, device=device),
+            positions=positions.clamp(min=0).to(device),
+            cache=cache.first(_in_eights(max(ends))),
+        )
     for row, end in zip(rows, ends, strict=True):
         row.num_cached = end
     return states[:, -1]
@@ -249,8 +253,13 @@ def _fit(rows: list[_Row], cache: KVCache) -> tuple[list[_Row], KVCache]:
     num_positions = max(len(row.ids) for row in rows)
     if len(going_on) > 0.75 * len(rows) and num_positions <= cache.num_positions:
         return rows, cache
-    cache = cache.resized(going_on, num_positions + _SPARE_POSITIONS)
+    cache = cache.resized(going_on, _in_eights(num_positions + _SPARE_POSITIONS))
     return [rows[i] for i in going_on], cache
+
+
+def _in_eights(num_positions: int) -> int:
+    """Rounded up: attention's kernels want masks whose rows are multiples of eight."""
+    return -(-num_positions // 8) * 8
 
 
 def _num_shared(prompt: Sequence[int], prefix: Prefix | None) -> int:

@@ -226,10 +226,15 @@ def log_hyperparameters(
     rows a step has on all devices together.
     """
     data = trainer.datamodule
+    batches_per_step = trainer.accumulate_grad_batches * trainer.world_size
     settings = {
         **module.hparams,
         **{name: getattr(module.gpt.config, name) for name in _SHAPE},
-        "rows_per_step": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+        **(
+            {"rows_per_step": data.batch_size * batches_per_step}
+            if data.batch_size
+            else {"max_tokens_per_step": data.max_tokens * batches_per_step}
+        ),
         "train_rows": len(data.train_set),
         "precision": str(trainer.precision),
     }

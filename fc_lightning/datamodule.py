@@ -23,16 +23,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from fc_lightning.chat import render_response
 from fc_lightning.dataset import (
-    BatchLoader,
     DataError,
     FunctionCallDataset,
     Row,
     cache_folder,
     expected_call,
-    make_loader,
     read_rows,
 )
 from fc_lightning.functions import Registry, load_registry
+from fc_lightning.loader import BatchLoader, check_batch_limit, make_loader
 from fc_lightning.synthesis import write_data_folder
 
 GPT2_BLOCK_SIZE = 1024
@@ -44,7 +43,9 @@ class FunctionCallDataModule(L.LightningDataModule):
     Args:
         fc_data_dir: folder of example files. Without one, examples are synthesized once from
             `functions` into a cache folder ($FC_LIGHTNING_CACHE, or ~/.cache/fc_lightning).
-        batch_size: rows a batch and device.
+        batch_size: rows a batch and device; null with max_tokens.
+        max_tokens: tokens a batch and device instead, padding counted, the shared prefix not:
+            batches of short rows then hold more of them.
         block_size: longest row in tokens; longer ones are left out and reported. Without one,
             the model's own limit.
         num_workers: processes that prepare batches. Collating 64 rows takes 0.1 ms, so 0 is
@@ -61,7 +62,7 @@ class FunctionCallDataModule(L.LightningDataModule):
     def __init__(
         self,
         fc_data_dir: str | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = 64,
         block_size: int | None = None,
         num_workers: int = 0,
         functions: str | None = None,
@@ -69,12 +70,13 @@ class FunctionCallDataModule(L.LightningDataModule):
         pad_to_multiple_of: int = 1,
         num_examples: int = 25_000,
         seed: int = 1337,
+        max_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, not {batch_size}")
+        check_batch_limit(batch_size, max_tokens)
         self.fc_data_dir = Path(fc_data_dir) if fc_data_dir is not None else None
-        self.batch_size, self.block_size, self.num_workers = batch_size, block_size, num_workers
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.block_size, self.num_workers = block_size, num_workers
         self.canonical_targets, self.num_examples, self.seed = canonical_targets, num_examples, seed
         self.pad_to_multiple_of = pad_to_multiple_of
         self.registry: Registry = load_registry(functions)
@@ -164,9 +166,10 @@ class FunctionCallDataModule(L.LightningDataModule):
             raise RuntimeError("call setup() before asking for a data loader")
         return make_loader(
             dataset,
-            dataset.lengths,
+            dataset.padded_lengths,
             trainer=self.trainer,
             batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
             seed=self.seed,
             shuffle=shuffle,
             num_workers=self.num_workers,

@@ -1,8 +1,8 @@
-"""Example files, token arrays, and batches of rows of like length.
+"""Example files, token arrays, and batches of their rows.
 
-Reads data folders, encodes their rows once into flat arrays, and says which rows go into which
-batch in an order that can be resumed. What a prompt looks like is chat.py's business; which
-folder, and for which stage, is datamodule.py's.
+Reads data folders and encodes their rows once into flat arrays. What a prompt looks like is
+chat.py's business; which rows go into which batch is loader.py's; which folder, and for which
+stage, is datamodule.py's.
 
 Shapes: B rows, T tokens a row, P tokens of the shared prefix, N trained tokens of the batch.
 """
@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from fc_lightning.calls import FunctionCall, UnreadableCall, parse_call
 from fc_lightning.chat import Example, encode_example
@@ -208,11 +207,19 @@ class FunctionCallDataset(Dataset[Batch]):
         """All token ids of one row, (T + 1,)."""
         return self.ids[self.starts[row] : self.starts[row] + self.lengths[row]]
 
+    @property
+    def padded_lengths(self) -> np.ndarray:
+        """By row, T of a batch whose longest it is: its inputs after the prefix, and padding."""
+        return self._padded(self.lengths)
+
+    def _padded(self, lengths: np.ndarray) -> np.ndarray:
+        padded = -(-(lengths - 1) // self.multiple) * self.multiple
+        return np.minimum(padded, self.block_size) - self.prefix_length
+
     def __getitem__(self, rows: list[int]) -> Batch:
         P = self.prefix_length
         lengths = self.lengths[rows] - 1 - P  # inputs after the prefix
-        padded = -(-(P + int(lengths.max())) // self.multiple) * self.multiple
-        at = np.arange(min(padded, self.block_size) - P)
+        at = np.arange(self._padded(self.lengths[rows]).max())
         is_real = at < lengths[:, None]  # (B, T)
         source = np.where(is_real, self.starts[rows][:, None] + P + at, 0)
         ids = np.where(is_real, self.ids[source], PAD)
@@ -234,197 +241,3 @@ class FunctionCallDataset(Dataset[Batch]):
         heads = self.ids[self.starts[:, None] + np.arange(shortest)]  # (rows, shortest)
         is_shared = (heads == heads[0]).all(axis=0)
         return shortest if is_shared.all() else int(is_shared.argmin())
-
-
-# ---------------------------------------------------------------- order
-
-
-class LengthBatchSampler(Sampler[list[int]]):
-    """Batches of rows of like length, in an order set by (seed, epoch) and the same on any machine.
-
-    Every row is in exactly one batch of an epoch. With several ranks, a batch of
-    num_ranks * batch_size rows is dealt out over them, so together the ranks see exactly what one
-    process with the larger batch sees.
-    """
-
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        num_ranks: int = 1,
-        rank: int = 0,
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if shuffle and len(lengths) < num_ranks:
-            raise DataError(f"{len(lengths)} training rows can't be shared by {num_ranks} ranks")
-        self.lengths, self.batch_size, self.seed, self.shuffle = lengths, batch_size, seed, shuffle
-        self.num_ranks, self.rank = num_ranks, rank
-        self.epoch = self.first_batch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    @property
-    def identity(self) -> dict[str, int]:
-        """What the order of an epoch follows from, besides its number."""
-        return {
-            "num_rows": len(self.lengths),
-            "batch_size": self.batch_size,
-            "num_ranks": self.num_ranks,
-            "seed": self.seed,
-        }
-
-    def __len__(self) -> int:
-        """Batches in a whole epoch, the same for all ranks, wherever the next pass begins."""
-        return len(self._bounds())
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        bounds = self._bounds()
-        if self.shuffle:
-            np.random.default_rng((self.seed, self.epoch, 2)).shuffle(bounds)
-        for start, stop in bounds[self.first_batch :]:
-            yield order[start:stop][self.rank :: self.num_ranks].tolist()
-
-    def _order(self) -> np.ndarray:
-        """All rows, sorted by length within large shuffled chunks (or, unshuffled, everywhere)."""
-        if not self.shuffle:
-            return np.argsort(self.lengths, kind="stable")
-        random = np.random.default_rng((self.seed, self.epoch, 1))
-        order = random.permutation(len(self.lengths))
-        chunk = self.batch_size * self.num_ranks * 50
-        chunks = [order[i : i + chunk] for i in range(0, len(order), chunk)]
-        return np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
-
-    def _bounds(self) -> list[tuple[int, int]]:
-        """Where each global batch starts and stops in the order.
-
-        In training, where every rank must have rows for every step, a tail with fewer rows than
-        ranks joins the batch before it; unshuffled, the last ranks' share of it is empty.
-        """
-        size, total = self.batch_size * self.num_ranks, len(self.lengths)
-        starts = list(range(0, total, size))
-        if self.shuffle and len(starts) > 1 and total - starts[-1] < self.num_ranks:
-            starts.pop()
-        return list(zip(starts, [*starts[1:], total], strict=True))
-
-
-class _WithEmptyBatches(Dataset[Batch]):
-    """A dataset of batches that has one for no rows too, so that ranks never wait in vain."""
-
-    def __init__(self, batches: Dataset[Batch]) -> None:
-        self.batches = batches
-
-    def __getitem__(self, rows: list[int]) -> Batch:
-        if rows:
-            return self.batches[rows]
-        nothing = torch.empty(0, dtype=torch.int64)
-        return Batch(nothing, nothing.view(0, 0), nothing, nothing, [], [])
-
-
-class BatchLoader:
-    """The batches of a dataset in a sampler's order, from any point of an epoch on.
-
-    Around a DataLoader rather than one, so that Lightning leaves sampler and rows alone. Lightning
-    calls `sampler.set_epoch` before each epoch, and saves `state_dict` with every checkpoint.
-    Batches are counted as they are handed out: what workers have prepared ahead is not lost.
-    """
-
-    batch_sampler = None  # Lightning asks whatever has a sampler for one
-
-    def __init__(
-        self,
-        dataset: Dataset[Batch],
-        sampler: LengthBatchSampler,
-        *,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        # One index of this "dataset" is a whole batch, so the batch sampler samples "rows".
-        self._loader: DataLoader[Batch] = DataLoader(
-            _WithEmptyBatches(dataset),
-            batch_size=None,
-            sampler=sampler,  # type: ignore[arg-type]
-            # Its own generator: seeding workers must not move the global random state.
-            generator=torch.Generator(),
-            num_workers=num_workers,
-            worker_init_fn=_leave_signals_to_the_run,
-            pin_memory=pin_memory,
-        )
-        self.sampler = sampler
-        self._epoch = self._num_yielded = 0
-        self._resumed: dict[str, Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[Batch]:
-        # A generator, since Lightning makes iterators before it says which epoch it is: nothing
-        # of this runs until the first batch is asked for.
-        self._epoch, self._num_yielded = self.sampler.epoch, self._first_batch()
-        self.sampler.first_batch = self._num_yielded
-        for batch in self._loader:
-            self._num_yielded += 1
-            yield batch
-
-    def _first_batch(self) -> int:
-        state, self._resumed = self._resumed, None
-        if state is None or state["epoch"] != self.sampler.epoch:
-            return 0
-        for name, value in self.sampler.identity.items():
-            if (before := state["order"].get(name)) != value:
-                raise DataError(
-                    f"the checkpoint stands in mid-epoch, after {state['num_yielded']} batches "
-                    f"drawn with {name} {before}, but {name} is {value} now; resume with the same, "
-                    "or start a new run from it with model.pretrained_dir"
-                )
-        return state["num_yielded"]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "epoch": self._epoch,
-            "num_yielded": self._num_yielded,
-            "order": self.sampler.identity,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._resumed = state
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Let a worker live on while the run, which was asked to stop, fetches and saves."""
-    os.setpgrp()  # out of reach of the terminal, and of what is sent to the run's whole group
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the run ends a worker
-
-
-def make_loader(
-    dataset: Dataset[Batch],
-    lengths: np.ndarray,
-    *,
-    trainer: Any,
-    batch_size: int,
-    seed: int,
-    shuffle: bool,
-    num_workers: int,
-) -> BatchLoader:
-    """A loader of this rank's share of batches; `trainer`, if there is one, says which rank."""
-    sampler = LengthBatchSampler(
-        lengths,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        num_ranks=trainer.world_size if trainer else 1,
-        rank=trainer.global_rank if trainer else 0,
-    )
-    return BatchLoader(
-        dataset,
-        sampler,
-        num_workers=num_workers,
-        pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
-    )

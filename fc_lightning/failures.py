@@ -124,9 +124,10 @@ class ExplainFailures(L.Callback):
         num_tokens = max(batch.lengths)
         longest = batch.rows[batch.lengths.index(num_tokens)]
         where = _where(trainer, [longest], "train_set" if self._batch_is_trained else "val_set")
+        limit = "max_tokens" if getattr(trainer.datamodule, "max_tokens", None) else "batch_size"
         return (
             f"out of memory with {len(batch.rows)} rows in a batch, the longest of "
-            f"{num_tokens + len(batch.prefix)} tokens ({where}). Lower data.batch_size (and raise "
+            f"{num_tokens + len(batch.prefix)} tokens ({where}). Lower data.{limit} (and raise "
             "trainer.accumulate_grad_batches by as much: the steps stay the same), or "
             "data.block_size, which leaves longer rows out"
         )

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fc_lightning.caller import computes_in_bfloat16
-from fc_lightning.dataset import Batch, BatchLoader, FunctionCallDataset, LengthBatchSampler
+from fc_lightning.dataset import Batch, FunctionCallDataset
 from fc_lightning.gpt import GPT
+from fc_lightning.loader import BatchLoader, LengthBatchSampler
 from fc_lightning.tokenizer import PAD
 
 NUM_REPEATS = 8  # accumulation micro-steps of the tutorial's loop, all with the same rows

@@ -24,7 +24,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
-from fc_lightning.dataset import Batch, BatchLoader, DataError, cache_folder, make_loader
+from fc_lightning.dataset import Batch, DataError, cache_folder
+from fc_lightning.loader import BatchLoader, make_loader
 from fc_lightning.tokenizer import END_OF_TEXT, get_encoding
 
 SEPARATOR = "<|endoftext|>"

@@ -30,6 +30,24 @@ def test_train_files_are_for_fit_and_test_files_for_all_stages(data):
         assert lengths == sorted(lengths)
 
 
+def test_a_budget_of_tokens_counts_padding_and_not_the_shared_prefix(data):
+    datamodule = FunctionCallDataModule(
+        str(data), batch_size=None, max_tokens=300, pad_to_multiple_of=16
+    )
+    datamodule.setup("fit")
+    batches = list(datamodule.train_dataloader())
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(10))
+    assert max(batch.ids.numel() for batch in batches) <= 300
+    assert max(batch.num_tokens for batch in batches) > 300  # the prefix in every row
+
+
+def test_a_row_longer_than_a_budget_of_tokens_is_refused(data):
+    datamodule = FunctionCallDataModule(str(data), batch_size=None, max_tokens=20)
+    datamodule.setup("fit")
+    with pytest.raises(DataError, match=r"max_tokens 20 is less than the \d+ of the longest row"):
+        datamodule.train_dataloader()
+
+
 def test_a_loader_needs_a_setup(data):
     with pytest.raises(RuntimeError, match=r"call setup\(\)"):
         FunctionCallDataModule(str(data)).train_dataloader()
@@ -98,7 +116,13 @@ def test_without_a_folder_examples_are_synthesized_once(tmp_path, monkeypatch):
 
 
 def test_wrong_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.batch_size must be at least 1, not 0"):
-        FunctionCallDataModule(batch_size=0)
+    for options, words in (
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"batch_size": None, "max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        ({"batch_size": None}, "batch_size or data.max_tokens, not neither"),
+        ({"max_tokens": 9}, r"batch_size or data.max_tokens, not both \(64 and 9\)"),
+    ):
+        with pytest.raises(ValueError, match=f"data.{words}"):
+            FunctionCallDataModule(**options)
     with pytest.raises(DataError, match="no such folder"):
         FunctionCallDataModule(str(tmp_path / "none")).setup("fit")

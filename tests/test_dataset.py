@@ -4,19 +4,15 @@ import json
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import example
 
 from fc_lightning.chat import Example
 from fc_lightning.dataset import (
-    BatchLoader,
     DataError,
     FunctionCallDataset,
-    LengthBatchSampler,
     Row,
     read_rows,
 )
@@ -154,94 +150,3 @@ def test_rows_longer_than_the_block_are_left_out_whole_and_listed():
     assert [row.number for row in dataset.rows] == [0, 2]
     assert [(row.number, length) for row, length in dataset.too_long] == [(1, needed + 1)]
     assert [row.number for row in dataset_of(*examples, block_size=needed - 1).rows] == [2]
-
-
-# ---------------------------------------------------------------- order
-
-
-def epoch_of(lengths, *, epoch=0, num_ranks=1, **options):
-    """The batches of each rank in one epoch."""
-    ranks = []
-    for rank in range(num_ranks):
-        sampler = LengthBatchSampler(lengths, num_ranks=num_ranks, rank=rank, **options)
-        sampler.set_epoch(epoch)
-        ranks.append(list(sampler))
-        assert len(sampler) == len(ranks[-1])
-    return ranks
-
-
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=60),
-    st.integers(1, 7),
-    st.integers(1, 4),
-    st.booleans(),
-)
-@settings(deadline=None)
-def test_each_row_is_in_exactly_one_batch_of_one_rank(lengths, batch_size, num_ranks, shuffle):
-    if shuffle and len(lengths) < num_ranks:
-        with pytest.raises(DataError, match="can't be shared by"):
-            epoch_of(np.array(lengths), batch_size=batch_size, num_ranks=num_ranks)
-        return
-    ranks = epoch_of(np.array(lengths), batch_size=batch_size, num_ranks=num_ranks, shuffle=shuffle)
-    assert len({len(batches) for batches in ranks}) == 1  # all have as many batches
-    assert not shuffle or all(rows for batches in ranks for rows in batches)
-    rows = [row for batches in ranks for batch in batches for row in batch]
-    assert sorted(rows) == list(range(len(lengths)))
-
-
-def test_ranks_together_see_the_batches_of_one_process():
-    lengths = np.random.default_rng(0).integers(1, 50, 23)
-    (one,) = epoch_of(lengths, batch_size=6, seed=3)
-    ranks = epoch_of(lengths, batch_size=2, num_ranks=3, seed=3)
-    together = [sorted(chain(*parts)) for parts in zip(*ranks, strict=True)]
-    assert together == [sorted(rows) for rows in one]
-
-
-def test_an_epochs_order_follows_from_seed_and_epoch_alone():
-    lengths = np.arange(40)
-    first = epoch_of(lengths, batch_size=4, seed=1, epoch=2)
-    np.random.default_rng().random()
-    torch.rand(1)
-    assert first == epoch_of(lengths, batch_size=4, seed=1, epoch=2)
-    assert first != epoch_of(lengths, batch_size=4, seed=1, epoch=3)
-    assert first != epoch_of(lengths, batch_size=4, seed=2, epoch=2)
-
-
-def test_rows_of_a_batch_are_of_like_length():
-    lengths = np.random.default_rng(0).permutation(400)
-    (batches,) = epoch_of(lengths, batch_size=8)
-    spans = [int(np.ptp(lengths[rows])) for rows in batches]
-    assert max(spans) == 7  # 400 rows are one chunk of 50 batches, sorted whole
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_goes_on_where_its_state_was_taken(num_workers):
-    dataset = dataset_of(*map(example, range(11)))
-
-    def make():
-        sampler = LengthBatchSampler(dataset.lengths, batch_size=3, seed=1)
-        return BatchLoader(dataset, sampler, num_workers=num_workers)
-
-    whole = make()
-    expected = [[batch.rows for batch in whole]]
-    whole.sampler.set_epoch(1)
-    expected.append([batch.rows for batch in whole])
-    assert expected[0] != expected[1]
-    stopped = make()
-    batches = iter(stopped)
-    assert [next(batches).rows for _ in range(2)] == expected[0][:2]
-    resumed = make()
-    resumed.load_state_dict(stopped.state_dict())
-    iter(resumed)  # one that nobody reads, as Lightning makes them
-    assert [batch.rows for batch in resumed] == expected[0][2:]
-    resumed.sampler.set_epoch(1)
-    assert [batch.rows for batch in resumed] == expected[1]
-
-
-def test_a_loader_leaves_the_random_state_alone():
-    dataset = dataset_of(*map(example, range(5)))
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    list(BatchLoader(dataset, LengthBatchSampler(dataset.lengths, batch_size=2), num_workers=1))
-    assert torch.equal(torch.rand(1), expected)

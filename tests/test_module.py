@@ -10,6 +10,7 @@ from training import SHAPE, example, fit, make_trainer, read_lines, write_rows
 from fc_lightning.checkpoint import CheckpointError
 from fc_lightning.datamodule import FunctionCallDataModule
 from fc_lightning.dataset import FunctionCallDataset, Row
+from fc_lightning.loader import LengthBatchSampler
 from fc_lightning.module import FunctionCallModule
 
 
@@ -55,7 +56,10 @@ def one_big_batch(gpt, dataset, rows):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_window_has_the_gradient_and_the_loss_of_one_big_batch(tmp_path, accumulate, ranks):
+@pytest.mark.parametrize(("limit", "size"), [("batch_size", 4), ("max_tokens", 300)])
+def test_a_window_has_the_gradient_and_the_loss_of_one_big_batch(
+    tmp_path, accumulate, ranks, limit, size
+):
     data = write_rows(tmp_path / "data", 13, 2)
     torch.manual_seed(0)
     # A rate so small that the weights stay what they were.
@@ -68,18 +72,19 @@ def test_a_window_has_the_gradient_and_the_loss_of_one_big_batch(tmp_path, accum
         max_epochs=1,
         enable_checkpointing=False,
     )
-    # 4 batches of 4, 4, 4 and 1 rows, or on 2 ranks of 2 and 2, ..., 3 and 2
-    datamodule = FunctionCallDataModule(str(data), batch_size=4 // ranks)
+    # 4 batches of 4, 4, 4 and 1 rows, or on 2 ranks of 2 and 2, ..., 2 and 1, 1 and 1
+    datamodule = FunctionCallDataModule(str(data), **{"batch_size": None, limit: size // ranks})
     trainer.fit(module, datamodule)
     steps = [torch.load(tmp_path / f"steps-{rank}.pt") for rank in range(ranks)]
     logged = [
         line["train/loss"] for line in read_lines(tmp_path / "log.jsonl") if "train/loss" in line
     ]
-    num_batches = 4 if ranks == 1 else 3
+    datamodule.setup("fit")
+    num_batches = len(LengthBatchSampler(datamodule.train_set.padded_lengths, **{limit: size}))
+    assert num_batches >= 4
     assert len(logged) == len(steps[0]) == math.ceil(num_batches / accumulate)
     all_rows = [row for of_rank in steps for rows, _ in of_rank for row in rows]
     assert sorted(all_rows) == list(range(13))
-    datamodule.setup("fit")
     gpt = module.gpt.double()
     for step, loss in enumerate(logged):
         rows = [row for of_rank in steps for row in of_rank[step][0]]

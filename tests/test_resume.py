@@ -70,6 +70,7 @@ def without_repeats(lines):
         pytest.param({"max_epochs": 2, "limit_train_batches": 3}, id="part-of-an-epoch"),
         pytest.param({"max_epochs": 2, "limit_val_batches": 0}, id="no-validation"),
         pytest.param({"max_epochs": 1, "num_workers": 2, "save_every": 3}, id="workers"),
+        pytest.param({"max_epochs": 2, "batch_size": None, "max_tokens": 300}, id="tokens"),
     ],
 )
 def test_a_run_goes_on_from_any_of_its_checkpoints_as_if_never_stopped(tmp_path, data, options):
@@ -154,10 +155,10 @@ def start():
     """A function that starts a run in processes of its own, which end with the test."""
     started = []
 
-    def start(root, data, **options):
+    def start(root, data, env=None, **options):
         command = [sys.executable, str(TRAINING), str(root), str(data), json.dumps(options)]
         # Runs side by side, left to find a free port themselves, may find the same one.
-        env = os.environ | {"MASTER_PORT": str(next(PORTS))}
+        env = os.environ | {"MASTER_PORT": str(next(PORTS))} | (env or {})
         started.append(
             subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, env=env)
         )
@@ -207,7 +208,9 @@ def test_a_run_killed_at_any_step_ends_as_the_one_that_was_not(tmp_path, data, s
 
 def test_a_signal_to_one_rank_stops_all_of_them_together(tmp_path, data, start):
     options = {"max_epochs": 200, "devices": 2, "strategy": "ddp", "batch_size": 2}
-    process = start(tmp_path, data, **options)
+    # Stands for a thread that outlives the interpreter: nothing that late may change the status.
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    process = start(tmp_path, data, env={"PYTHONPATH": str(tmp_path)}, **options)
     wait_for_batches(tmp_path, process, 3)
     process.send_signal(signal.SIGTERM)  # to rank 0 only
     _, error = process.communicate(timeout=60)
@@ -293,6 +296,9 @@ def test_going_on_in_mid_epoch_with_other_batches_is_refused_in_words(tmp_path, 
         DataError, match="after 2 batches drawn with batch_size 4, but batch_size is 3"
     ):
         fit(tmp_path, data, max_epochs=1, batch_size=3, ckpt_path="last")
+    tokens = {"batch_size": None, "max_tokens": 300}
+    with pytest.raises(DataError, match="drawn with batch_size 4, but batch_size is None"):
+        fit(tmp_path, data, max_epochs=1, ckpt_path="last", **tokens)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(tmp_path, data):

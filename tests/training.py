@@ -86,6 +86,7 @@ def fit(
     callbacks=(),
     save_every=2,
     batch_size=4,
+    max_tokens=None,
     num_workers=0,
     seed=1,
     model=None,
@@ -107,7 +108,9 @@ def fit(
     trainer = make_trainer(
         root, callbacks=[WriteRows(), best, SaveLast(save_every), *callbacks], **options
     )
-    datamodule = FunctionCallDataModule(str(data), batch_size=batch_size, num_workers=num_workers)
+    datamodule = FunctionCallDataModule(
+        str(data), batch_size=batch_size, max_tokens=max_tokens, num_workers=num_workers
+    )
     trainer.fit(module, datamodule, ckpt_path=ckpt_path)
     return trainer
 

@@ -6,6 +6,7 @@ in a checkpoint is module.py's business, and which rows come next dataset.py's.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -219,14 +220,34 @@ class SaveLast(Checkpoint):
         if not number:
             return
         self._save(trainer, owes_validation=owes_validation)
-        if not trainer.is_global_zero:
-            # Lightning's launcher kills rank 0 when another rank ends with a status.
-            sys.exit(0)
-        _say(
-            f"{signal.Signals(number).name}: stopped after step {trainer.global_step:,}, saved to "
-            f"{self.path(trainer)}; the same command with --ckpt_path last goes on from there"
-        )
-        sys.exit(128 + number)
+        if trainer.is_global_zero:
+            _say(
+                f"{signal.Signals(number).name}: stopped after step {trainer.global_step:,}, "
+                f"saved to {self.path(trainer)}; the same command with --ckpt_path last goes on "
+                "from there"
+            )
+        # Lightning's launcher kills rank 0 when another rank ends with a status.
+        status = 128 + number if trainer.is_global_zero else 0
+        if trainer.world_size > 1:
+            global _owed_status
+            _owed_status = status
+        sys.exit(status)
+
+
+_owed_status: int | None = None
+
+
+@atexit.register  # at import, so before those of process groups and loggers: it runs after them
+def _end_as_said() -> None:
+    """End a stopped rank with its status, whatever else the process still holds.
+
+    A process group's threads can outlive the interpreter and abort the process (seen once in
+    some 200 stopped runs): a scheduler would then take a run that was saved for one that crashed.
+    """
+    if _owed_status is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_owed_status)
 
 
 def _say(line: str) -> None:

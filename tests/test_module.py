@@ -1,17 +1,20 @@
 """What a step learns: exact gradients and losses, the schedule, and who sets the optimizer."""
 
+import functools
 import math
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from training import SHAPE, example, fit, make_trainer, read_lines, write_rows
 
 from fc_lightning.checkpoint import CheckpointError
 from fc_lightning.datamodule import FunctionCallDataModule
 from fc_lightning.dataset import FunctionCallDataset, Row
 from fc_lightning.loader import LengthBatchSampler
-from fc_lightning.module import FunctionCallModule
+from fc_lightning.module import FunctionCallModule, _compiled
 
 
 def make_module(**settings) -> FunctionCallModule:
@@ -94,6 +97,45 @@ def test_a_window_has_the_gradient_and_the_loss_of_one_big_batch(
             for name, gradient in of_rank[step][1].items():
                 error = (gradient - big_gradients[name]).norm() / big_gradients[name].norm()
                 assert error < 1e-6, (name, error)
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Counts what torch.compile is given, and generates no code: that takes a C++ compiler."""
+    compiler = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    _compiled.cache_clear()
+    yield compiler
+    _compiled.cache_clear()
+
+
+def test_blocks_are_compiled_once_a_shape_and_never_again(tmp_path, compiler):
+    shapes, at_epoch_ends = set(), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            shapes.add(tuple(batch.ids.shape))
+
+        def on_train_epoch_end(self, *_):
+            at_epoch_ends.append(compiler.frame_count)
+
+    data = write_rows(tmp_path / "data", 22, 3)
+    datamodule = FunctionCallDataModule(str(data), batch_size=4, pad_to_multiple_of=16)
+    trainer = make_trainer(tmp_path, max_epochs=3, callbacks=[Watch()], enable_checkpointing=False)
+    trainer.fit(make_module(compile=True, dropout=0.2), datamodule)  # validates in between
+    assert 3 <= len(shapes) <= 5  # few lengths, and a smaller last batch
+    assert at_epoch_ends == [len(shapes)] * 3  # one block is compiled for all of them
+
+
+def test_a_compiled_step_has_the_gradient_of_one_that_is_not(compiler):
+    rows = [Row(example(i), "train.json", i) for i in range(6)]
+    batch = FunctionCallDataset(rows, block_size=192, pad_to_multiple_of=16)[list(range(6))]
+    plain, compiled = make_module(), make_module(compile=True)
+    for module in (plain, compiled):
+        module.loss_sum(batch).backward()
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-5, msg=name)
+    assert compiler.frame_count == 1
 
 
 def test_rows_have_one_loss_with_and_without_the_shared_prefix():

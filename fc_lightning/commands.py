@@ -69,6 +69,8 @@ def synthesize(
     console.print(_coverage_table(registry, calls))
     for name, rows in (("fc_train.json", examples.train), ("fc_test.json", examples.test)):
         _say(f"{output / name}: {len(rows):,} examples")
+    if missing := num_examples - len(examples.train) - len(examples.test):
+        _say(f"{missing:,} fewer than asked: few sentences are kept for test, and all are said")
 
 
 def _coverage_table(registry: Registry, calls: Sequence[FunctionCall]) -> Table:
@@ -80,7 +82,8 @@ def _coverage_table(registry: Registry, calls: Sequence[FunctionCall]) -> Table:
     for (name, argument), values in never_said(registry, calls).items():
         if counts[name]:
             function = name.removeprefix(INCOMPLETE_PREFIX)
-            unsaid.setdefault(function, []).append(f"{argument} ({len(values)})")
+            where = "" if name == function else ", incomplete"
+            unsaid.setdefault(function, []).append(f"{len(values)} of {argument}{where}")
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("training examples", no_wrap=True)
     table.add_column("complete", justify="right")
@@ -91,7 +94,7 @@ def _coverage_table(registry: Registry, calls: Sequence[FunctionCall]) -> Table:
             Text(f"{counts[n]:,}", "" if counts[n] else "red") if n in registry.call_names else ""
             for n in (name, INCOMPLETE_PREFIX + name)
         ]
-        table.add_row(name, *cells, Text(", ".join(unsaid.get(name, [])), "red"))
+        table.add_row(name, *cells, Text("; ".join(unsaid.get(name, [])), "red"))
     return table
 
 
@@ -327,7 +330,7 @@ def export(
 
 def benchmark_decode(
     *,
-    shape: Literal["tiny", "20M", "gpt2", "gpt2-medium"] = "20M",
+    shape: Literal["tiny", "20M", "gpt2", "gpt2-medium"] | None = None,
     device: str = "auto",
     num_commands: int | None = None,
     seconds: float = 10.0,
@@ -335,14 +338,15 @@ def benchmark_decode(
     """Measure how fast models answer, beside transformers' generate and decoding without a cache.
 
     Args:
-        shape: size of the models, whose weights are random
+        shape: size of the models, whose weights are random; without it, 20M and gpt2
         device: cpu, cuda, ...; auto takes a GPU if there is one
         num_commands: how many at once when many are asked; without it, 2048 on a GPU, else 32
         seconds: no measurement is repeated once it has taken so long
     """
     from fc_lightning.benchmark import benchmark_decode as measure
 
-    measure((shape,), device=device, num_commands=num_commands, seconds=seconds)
+    shapes = (shape,) if shape else ("20M", "gpt2")
+    measure(shapes, device=device, num_commands=num_commands, seconds=seconds)
 
 
 def benchmark_train(

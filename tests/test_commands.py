@@ -152,10 +152,25 @@ def test_synthesized_examples_are_written_counted_and_repeatable(run, tmp_path):
     assert line[1] == str(count)
     said = {row["assistant"] for row in train if '"name": "set_cruise_control"' in row["assistant"]}
     [line] = [line for line in out.splitlines() if line.startswith(" set_cruise_control ")]
-    assert f"speed ({150 - 10 + 1 - len(said)})" in line
+    assert f"{150 - 10 + 1 - len(said)} of speed" in line
     run(*args, tmp_path / "b")
     for name in ("fc_train.json", "fc_test.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_synthesis_says_that_the_sentences_kept_for_test_ran_out(run, tmp_path):
+    rooms = "|".join(f"room {letter}" for letter in "abcdefghij")
+    sentences = [  # one of the four is kept for test, none of the three
+        {"phrases": ["it is dark", "more light", "I see nothing", "lamp"]},
+        {"phrases": [f"({rooms}) is dark", f"more light in ({rooms})", f"lamp in ({rooms})"]},
+    ]
+    function = {"name": "lamp_on", "description": "", "parameters": {}, "sentences": sentences}
+    domain = {"carriers": ["{request}"], "functions": [function]}
+    (tmp_path / "lamp.yaml").write_text(json.dumps(domain))
+    args = ("synthesize", "--functions", tmp_path / "lamp.yaml", "--output", tmp_path / "data")
+    code, out, _ = run(*args, "--num_examples", 30)
+    assert code == 0
+    assert f"{tmp_path / 'data' / 'fc_test.json'}: 1 examples\n2 fewer than asked" in out
 
 
 def test_synthesis_touches_no_folder_that_holds_something(run, tmp_path):
@@ -329,4 +344,5 @@ def test_benchmark_passes_its_options_on(run, monkeypatch):
     )
     assert run("benchmark", "decode", "--shape", "tiny", "--seconds", "0.5")[0] == 0
     options = {"device": "auto", "num_commands": None, "seconds": 0.5}
-    assert asked == [((("tiny",),), options)]
+    run("benchmark", "decode", "--seconds", "0.5")
+    assert asked == [((("tiny",),), options), ((("20M", "gpt2"),), options)]

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fc_lightning.caller import quantize_int8
+from fc_lightning.caller import fastest_num_threads, quantize_int8
 from fc_lightning.chat import decode_response, encode_command, encode_example, make_example
 from fc_lightning.decoding import generate, prefill
 from fc_lightning.functions import FunctionCall, load_registry
@@ -65,6 +65,8 @@ _RESPONSES = tuple(
 )
 _NUM_TOKENS = round(statistics.mean(map(len, _RESPONSES)))  # of a response, where it can't end
 
+_TRANSFORMERS, _NO_CACHE = "transformers", "no cache"
+
 Answer = Callable[[Sequence[int]], object]  # answers the commands with these numbers, all at once
 
 
@@ -72,7 +74,7 @@ Answer = Callable[[Sequence[int]], object]  # answers the commands with these nu
 class Timing:
     """One row of the table: how fast one model answers in one way."""
 
-    model: str
+    model: str  # its shape, and on a CPU how many threads it was given
     way: str
     ms_per_call: float  # the median of single commands
     calls_per_s: float | None  # of many commands; None where that would take too long
@@ -99,7 +101,7 @@ class _Dictated:
 
 
 def benchmark_decode(
-    shapes: Sequence[str] = ("gpt2", "20M"),
+    shapes: Sequence[str] = ("20M", "gpt2"),
     *,
     device: str = "auto",
     num_commands: int | None = None,
@@ -109,7 +111,8 @@ def benchmark_decode(
     """Time each way of decoding that the device and the installed packages allow; print a table.
 
     "Many" are `num_commands`, by default 2,048 on a GPU and 32 on a CPU. No measurement is
-    repeated once it has taken `seconds`.
+    repeated once it has taken `seconds`. On a CPU, all ways have as many threads as a
+    FunctionCaller takes for the shape.
 
     Raises:
         ValueError: a shape that is not in `SHAPES`.
@@ -120,31 +123,36 @@ def benchmark_decode(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     num_commands = num_commands or (2048 if device == "cuda" else 32)
     many = [n % len(_COMMANDS) for n in range(num_commands)]
-    timings = []
+    timings, most_threads = [], torch.get_num_threads()
     for shape in shapes:
         torch.manual_seed(0)
-        for way, answer, is_slow in _ways(GPT(SHAPES[shape]).eval(), device):
+        model, name = GPT(SHAPES[shape]).eval(), shape
+        if device == "cpu":
+            torch.set_num_threads(num_threads := fastest_num_threads(model))
+            name = f"{shape}, {num_threads} thread{'s' if num_threads > 1 else ''}"
+        for way, answer, is_slow in _ways(model, device):
             ms_per_call = 1e3 * _time(answer, [[n] for n in range(len(_COMMANDS))], seconds)
             calls_per_s = None if is_slow else len(many) / _time(answer, [many] * 2, seconds)
-            timings.append(Timing(shape, way, ms_per_call, calls_per_s))
+            timings.append(Timing(name, way, ms_per_call, calls_per_s))
+        torch.set_num_threads(most_threads)
     (console or Console()).print(_table(timings, device))
     return timings
 
 
 def _ways(model: GPT, device: str) -> Iterator[tuple[str, Answer, bool]]:
     """Name, function, and whether it is too slow for many commands, of each way to decode."""
-    for dtype in (torch.float32, torch.bfloat16):
-        way = f"constrained, {str(dtype).removeprefix('torch.')}"
-        yield way, _ours(copy.deepcopy(model).to(device, dtype), is_constrained=True), False
+    for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        answer = _ours(copy.deepcopy(model).to(device, dtype), is_constrained=True)
+        yield f"constrained, {short}", answer, False
     if device == "cpu":
         quantized = quantize_int8(copy.deepcopy(model))
         yield "constrained, int8", _ours(quantized, is_constrained=True), False
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype, short = (torch.float32, "fp32") if device == "cpu" else (torch.bfloat16, "bf16")
     model = model.to(device, dtype)
-    yield f"unconstrained, {str(dtype)[6:]}", _ours(model, is_constrained=False), False
+    yield f"unconstrained, {short}", _ours(model, is_constrained=False), False
     if importlib.util.find_spec("transformers") is not None:
-        yield f"transformers generate, {str(dtype)[6:]}", _transformers(model), False
-    yield f"without a cache, {str(dtype)[6:]}", _without_cache(model), True
+        yield f"{_TRANSFORMERS}, {short}", _transformers(model), False
+    yield f"{_NO_CACHE}, {short}", _without_cache(model), True
 
 
 def _ours(model: GPT, *, is_constrained: bool) -> Answer:
@@ -230,23 +238,32 @@ def _time(answer: Answer, batches: Sequence[Sequence[int]], seconds: float) -> f
 
 
 def _table(timings: Sequence[Timing], device: str) -> Table:
-    where = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    table = Table(
+        title=f"{where}, torch {torch.__version__}, {_NUM_TOKENS} tokens a response",
+        caption="ms: median of single commands; x: times as fast as transformers' generate (HF) "
+        "and as a full forward pass a token",
     )
-    table = Table(title=f"{where}, torch {torch.__version__}, {_NUM_TOKENS} tokens a response")
-    for column in ("model", "way", "ms a call", "times", "calls/s", "times"):
+    columns = ("model", "way", "ms", "x HF", "x no cache", "calls/s of many", "x HF")
+    for column in columns:
         table.add_column(column, justify="left" if column in ("model", "way") else "right")
     for model, rows in itertools.groupby(timings, key=lambda timing: timing.model):
         group = list(rows)
-        base = next((t for t in group if t.way.startswith("transformers")), group[-1])
+        hf = next((t for t in group if t.way.startswith(_TRANSFORMERS)), None)
+        no_cache = next(t for t in group if t.way.startswith(_NO_CACHE))
         for t in group:
-            many = ("", "")
-            if t.calls_per_s is not None:
-                ratio = t.calls_per_s / base.calls_per_s if base.calls_per_s else None
-                many = (f"{t.calls_per_s:,.1f}", f"{ratio:.1f}" if ratio else "")
-            ms = (f"{t.ms_per_call:,.1f}", f"{base.ms_per_call / t.ms_per_call:.2f}")
-            table.add_row(model, t.way, *ms, *many)
+            table.add_row(
+                model,
+                t.way,
+                f"{t.ms_per_call:,.1f}",
+                _times(hf.ms_per_call if hf else None, t.ms_per_call),
+                _times(no_cache.ms_per_call, t.ms_per_call),
+                f"{t.calls_per_s:,.1f}" if t.calls_per_s else "",
+                _times(t.calls_per_s, hf.calls_per_s if hf else None),
+            )
         table.add_section()
     return table
+
+
+def _times(more: float | None, less: float | None) -> str:
+    return f"{more / less:.3g}" if more and less else ""

@@ -119,7 +119,7 @@ class FunctionCaller:
         else:
             model = model.to(where, _find_dtype(dtype, where))
         if where.type == "cpu":
-            torch.set_num_threads(_fastest_num_threads(model))
+            torch.set_num_threads(fastest_num_threads(model))
         return cls(model, registry, batch_size=batch_size)
 
     @overload
@@ -257,7 +257,7 @@ def _max_text_tokens(registry: Registry, block_size: int) -> int:
 
 
 @torch.inference_mode()
-def _fastest_num_threads(model: GPT) -> int:
+def fastest_num_threads(model: GPT) -> int:
     """Found by trying: beside a busy neighbour, or within a container's share of the cores, two
     threads can be six times slower than one."""
     ids, most = torch.tensor([_shared_prompt()[:16]]), torch.get_num_threads()

@@ -60,7 +60,7 @@ class _Parser(ArgumentParser):
             message = f"needs --{missing[1].replace(', ', ' and --')}"
         elif refused := re.match(r'Parser key "(\w+)": (.*)value: (.*)', message):
             key, types, value = refused.groups()
-            choices = re.search(r"Literal\[(.*)\]", types)
+            choices = re.search(r"Literal\[(.*?)\]", types)
             number = "a whole number" if "int" in types else "a number"
             message = f"--{key} takes {choices[1] if choices else number}, not {value}"
         raise ValueError(message) from ex

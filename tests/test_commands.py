@@ -80,6 +80,10 @@ LOCK = FunctionCall("lock_doors", {"lock_state": "lock"})
             "benchmark decode --num_commands few",
             "benchmark: --num_commands takes a whole number, not few",
         ),
+        (
+            "benchmark decode --shape huge",
+            "benchmark: --shape takes 'tiny', '20M', 'gpt2', 'gpt2-medium', not huge",
+        ),
     ],
 )
 def test_what_cant_be_done_is_said_in_one_line(run, line, message):

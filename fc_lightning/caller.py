@@ -62,7 +62,7 @@ class Response:
 class FunctionCaller:
     """Turns what people say into calls of a registry's functions; safe to share among threads.
 
-    >>> caller = FunctionCaller.from_checkpoint("outputs/best.ckpt")  # doctest: +SKIP
+    >>> caller = FunctionCaller.from_checkpoint("outputs/checkpoints/best.ckpt")  # doctest: +SKIP
     >>> caller("make it warmer in the back")  # doctest: +SKIP
     FunctionCall(name='adjust_temperature', arguments={'action': 'increase', ...
     """
@@ -105,6 +105,7 @@ class FunctionCaller:
             dtype: "float32", "bfloat16" or "float16"; "auto" takes bfloat16 where the hardware
                 computes in it.
             int8: compute with weights of 8 bits, on the CPU only: the fastest there.
+            batch_size: commands decoded at once; by default 512 on a GPU, else 64.
 
         Raises:
             ValueError: the file, the device or the dtype can't be used; the message says why.

@@ -41,6 +41,7 @@ class FunctionCall:
 
     @property
     def is_complete(self) -> bool:
+        """Whether all that the function requires was said."""
         return not self.name.startswith(INCOMPLETE_PREFIX)
 
     @property

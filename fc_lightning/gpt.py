@@ -23,16 +23,20 @@ from fc_lightning.tokenizer import PADDED_VOCAB_SIZE
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """nanoGPT's GPTConfig; `gelu` is "exact" for nanoGPT's checkpoints, "tanh" for OpenAI's."""
+    """nanoGPT's GPTConfig, and which form of GELU; the defaults are GPT-2's 124 M parameters.
 
-    block_size: int = 1024
+    Raises:
+        ValueError: a size below 1, n_embd that n_head doesn't divide, an impossible dropout.
+    """
+
+    block_size: int = 1024  # positions, prompt and response together
     vocab_size: int = PADDED_VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
-    gelu: str = "exact"
+    n_embd: int = 768  # width of a position's state, all heads together
+    dropout: float = 0.0  # probability, wherever GPT-2 has it
+    bias: bool = True  # in linear layers and norms
+    gelu: str = "exact"  # nanoGPT's; "tanh" is OpenAI's
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):

@@ -17,6 +17,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
@@ -250,6 +251,24 @@ def log_hyperparameters(
     for writer in _tensorboard(trainer):
         for summary in hparams(plain, dict.fromkeys(measures, 0.0)):
             writer.file_writer.add_summary(summary)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar with the training loss, fetched from the device only when it is drawn.
+
+    A metric that is logged with prog_bar=True is fetched at every step, bar or no bar.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        if "train/loss" in trainer.callback_metrics:
+            metrics["train/loss"] = trainer.callback_metrics["train/loss"].item()
+        return metrics
 
 
 class ValidateLastStep(L.Callback):

@@ -20,14 +20,20 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fc_lightning.callbacks import SampleCalls, Throughput, ValidateCalls, ValidateLastStep
+from fc_lightning.callbacks import (
+    ProgressBar,
+    SampleCalls,
+    Throughput,
+    ValidateCalls,
+    ValidateLastStep,
+)
 from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.checkpoint import load_plain
 from fc_lightning.datamodule import FunctionCallDataModule
@@ -120,8 +126,7 @@ class FunctionCallCLI(LightningCLI):
         callbacks = config.trainer.callbacks or []
         has_bar = any("ProgressBar" in callback.class_path for callback in callbacks)
         if config.trainer.enable_progress_bar is not False and not has_bar:
-            # Rich's bar, which Lightning would take, asks the device for the loss at every step.
-            self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=10))
+            self.trainer_defaults["callbacks"].append(ProgressBar())
 
     def after_fit(self) -> None:
         """Score the best checkpoint on validation rows, and say where everything is."""

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from fc_lightning.checkpoint import CheckpointError, load_plain
 from fc_lightning.dataset import Batch
+from fc_lightning.ranks import highest_of_ranks
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -213,10 +214,7 @@ class SaveLast(Checkpoint):
         )
 
     def _stop_if_asked(self, trainer: L.Trainer, *, owes_validation: bool = False) -> None:
-        number = self._signal
-        if trainer.world_size > 1:
-            asked = torch.tensor(number, device=trainer.strategy.root_device)
-            number = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        number = highest_of_ranks(self._signal)
         if not number:
             return
         self._save(trainer, owes_validation=owes_validation)

@@ -27,7 +27,7 @@ from fc_lightning.gpt import GPT, Block, GPTConfig
 from fc_lightning.loss import head_cross_entropy_sum
 from fc_lightning.optimizers import MuonAdamW, param_groups
 from fc_lightning.predictions import as_plain, predict_rows
-from fc_lightning.ranks import gather
+from fc_lightning.ranks import gather, sum_over_ranks
 from fc_lightning.tokenizer import NUM_TOKENS
 
 
@@ -130,14 +130,19 @@ class FunctionCallModule(L.LightningModule):
         """Turn summed gradients into the mean over all trained tokens of window and ranks."""
         num_tokens = torch.full_like(self._window_loss, self._num_window_tokens)
         sums = torch.stack([self._window_loss, num_tokens])
-        loss, num_tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        loss, num_tokens = sum_over_ranks(sums)
         # DDP has averaged the sums over ranks: undo that, then divide by the tokens of all.
         scale = self.trainer.world_size / num_tokens
         torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
-        self.log("train/loss", loss / num_tokens, prog_bar=True)
-        self.log("train/learning_rate", optimizer.param_groups[-1]["lr"])  # AdamW's, with Muon too
-        # The step that this becomes; without it Lightning adds a chart of epochs.
-        self.log("step", float(self.trainer.global_step + 1))
+        self.log("train/loss", loss / num_tokens)  # callbacks.ProgressBar shows it
+        logged = {
+            "train/learning_rate": optimizer.param_groups[-1]["lr"],  # AdamW's, with Muon too
+            # The step that this becomes; without it Lightning adds a chart of epochs.
+            "step": float(self.trainer.global_step + 1),
+        }
+        for name, value in logged.items():
+            # Filled in on the device; Lightning would copy it there, which waits for a GPU.
+            self.log(name, torch.full((), value, device=self.device))
         self._start_window()
 
     def configure_gradient_clipping(

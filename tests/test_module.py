@@ -2,17 +2,22 @@
 
 import functools
 import math
+import traceback
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import SHAPE, example, fit, make_trainer, read_lines, write_rows
 
+from fc_lightning.callbacks import ProgressBar, SampleCalls, Throughput
 from fc_lightning.checkpoint import CheckpointError
 from fc_lightning.datamodule import FunctionCallDataModule
 from fc_lightning.dataset import FunctionCallDataset, Row
+from fc_lightning.durability import SaveLast
+from fc_lightning.failures import ExplainFailures
 from fc_lightning.loader import LengthBatchSampler
 from fc_lightning.module import FunctionCallModule, _compiled
 
@@ -147,6 +152,49 @@ def test_rows_have_one_loss_with_and_without_the_shared_prefix():
     dataset.prefix_length = 0
     without = module.loss_sum(dataset[list(range(6))])
     assert with_prefix.item() == pytest.approx(without.item(), rel=1e-12)
+
+
+class Syncs(TorchDispatchMode):
+    """Notes who asks for the value of a tensor, which on a GPU waits for all work before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.askers = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            files = [frame.filename for frame in traceback.extract_stack()]
+            # On a CPU, AdamW asks for the number of its step; the one for GPUs doesn't.
+            if not any("torch/optim/adam" in file for file in files):
+                self.askers.append(files)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_no_value_is_fetched_from_the_device_between_logs(tmp_path, capsys, accumulate):
+    data = write_rows(tmp_path / "data", 24, 2)
+    trainer = make_trainer(
+        tmp_path,
+        max_epochs=1,
+        limit_val_batches=0,
+        accumulate_grad_batches=accumulate,
+        log_every_n_steps=100,
+        enable_progress_bar=True,
+        callbacks=[SaveLast(), ExplainFailures(), Throughput(), SampleCalls(), ProgressBar()],
+    )
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, *_):
+            seen.append(len(syncs.askers))
+
+    trainer.callbacks.append(Watch())
+    with Syncs() as syncs:
+        trainer.fit(make_module(), FunctionCallDataModule(str(data), batch_size=3))
+    assert len(seen) == 8
+    assert syncs.askers[seen[0] : seen[-1]] == []
+    loss = float(trainer.callback_metrics["train/loss"])
+    assert f"train/loss={loss:.3g}" in capsys.readouterr().out
 
 
 def test_validation_loss_is_the_mean_over_all_trained_tokens(tmp_path):

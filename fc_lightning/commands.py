@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fc_lightning.benchmark_cli import benchmark_decode, benchmark_quality, benchmark_train
 from fc_lightning.calls import INCOMPLETE_PREFIX, FunctionCall, parse_call
 from fc_lightning.command_line import nearest, run
 from fc_lightning.functions import Registry, load_registry
@@ -325,68 +326,6 @@ def export(
     _say(str(written))
 
 
-# ---------------------------------------------------------------- speed
-
-
-def benchmark_decode(
-    *,
-    shape: Literal["tiny", "20M", "gpt2", "gpt2-medium"] | None = None,
-    device: str = "auto",
-    num_commands: int | None = None,
-    seconds: float = 10.0,
-) -> None:
-    """Measure how fast models answer, beside transformers' generate and decoding without a cache.
-
-    Args:
-        shape: size of the models, whose weights are random; without it, 20M and gpt2
-        device: cpu, cuda, ...; auto takes a GPU if there is one
-        num_commands: how many at once when many are asked; without it, 2048 on a GPU, else 32
-        seconds: no measurement is repeated once it has taken so long
-    """
-    from fc_lightning.benchmark import benchmark_decode as measure
-
-    shapes = (shape,) if shape else ("20M", "gpt2")
-    measure(shapes, device=device, num_commands=num_commands, seconds=seconds)
-
-
-def benchmark_train(
-    *,
-    data: Path | None = None,
-    shape: Literal["tiny", "20M", "gpt2", "gpt2-medium"] = "20M",
-    device: str = "auto",
-    batch_size: int | None = None,
-    dropout: float = 0.2,
-    seconds: float = 10.0,
-) -> None:
-    """Measure how fast models train, beside a loop that pads every row.
-
-    Args:
-        data: folder of example files; without one, 5,000 are synthesized
-        shape: size of the model, whose weights are random
-        device: cpu, cuda, ...; auto takes a GPU if there is one
-        batch_size: rows a step; without it, 64 on a GPU, else 32
-        dropout: probability, wherever GPT-2 has it
-        seconds: how long each way is measured
-    """
-    from fc_lightning.benchmark_train import benchmark_train as measure
-    from fc_lightning.dataset import Row, read_rows
-    from fc_lightning.synthesis import synthesize
-
-    if data is None:
-        examples = synthesize(load_registry(), num_examples=5_000).train
-        rows = [Row(example, Path("synthesized"), n) for n, example in enumerate(examples)]
-    else:
-        rows = read_rows(data, "train")
-    measure(
-        rows,
-        shape=shape,
-        device=device,
-        batch_size=batch_size,
-        dropout=dropout,
-        seconds=seconds,
-    )
-
-
 # ---------------------------------------------------------------- the command line
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -397,6 +336,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "export": export,
     "benchmark train": benchmark_train,
+    "benchmark quality": benchmark_quality,
     "benchmark decode": benchmark_decode,
 }
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")

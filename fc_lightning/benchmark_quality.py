@@ -1,0 +1,259 @@
+"""How soon training is good: the tutorial's recipe and this package's, from the same weights.
+
+Both are measured in one run, on the same rows. The clock runs while weights are trained; what
+compiling takes is told apart, and evaluating counts nowhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fc_lightning.benchmark import SHAPES
+from fc_lightning.caller import computes_in_bfloat16
+from fc_lightning.datamodule import GPT2_BLOCK_SIZE, FunctionCallDataModule
+from fc_lightning.module import FunctionCallModule
+from fc_lightning.predictions import predict_rows
+from fc_lightning.steps import Way, endless_steps, warm_up
+
+_GROWTH = 0.2  # training between two evaluations, as a share of all training before
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to take steps, and the hyperparameters in which recipes differ."""
+
+    way: Way
+    learning_rate: float
+    min_lr: float
+    warmup_iters: int
+    lr_decay_iters: int
+    dropout: float
+
+
+# configs/finetune.yaml has the same; there, each step's rows go through the network once.
+REFERENCE = Recipe("reference", 5e-6, 1e-6, warmup_iters=2000, lr_decay_iters=54000, dropout=0.2)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one recipe reached; seconds of training, None where the limit came first."""
+
+    way: Way
+    warm_up_s: float
+    num_steps: int
+    loss_s: float | None  # until the validation loss was low enough
+    match_s: float | None  # until enough validation calls were right
+    lowest_loss: float
+    highest_match: float
+
+
+def benchmark_quality(
+    data: Path,
+    *,
+    pretrained_dir: str | None = None,
+    shape: str = "gpt2",
+    functions: str | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    num_steps: int = 1000,
+    limit_s: float = 120.0,
+    loss: float = 0.02,
+    match: float = 0.9,
+    console: Console | None = None,
+) -> list[Quality]:
+    """Train on `data` by both recipes until `loss` and `match`, or for `limit_s`; print a table.
+
+    Weights are those of `pretrained_dir`, else random ones of `shape`. `learning_rate` is our
+    recipe's, decayed over `num_steps`. Call match is measured on up to 256 rows.
+
+    Raises:
+        ValueError: an unknown shape, data that can't be used, or fewer rows than a batch.
+    """
+    if pretrained_dir is None and shape not in SHAPES:
+        raise ValueError(f"there is no shape {shape!r}; choose from {', '.join(SHAPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = console or Console()
+    ours = Recipe("ours", learning_rate, learning_rate / 100, 20, num_steps, dropout=0.0)
+    reached = []
+    for recipe in (REFERENCE, ours):
+        module = _module(recipe, pretrained_dir, shape, torch.device(device))
+        rows = FunctionCallDataModule(
+            str(data),
+            functions=functions,
+            block_size=module.block_size,
+            pad_to_multiple_of=16 if module.hparams.compile else 1,
+        )
+        rows.setup("fit")
+        run = _Run(module, rows, recipe, batch_size)
+        reached.append(run.until(loss=loss, match=match, limit_s=limit_s, console=console))
+        del module, run
+    console.print(_table(reached, loss=loss, match=match, limit_s=limit_s))
+    return reached
+
+
+def _module(
+    recipe: Recipe, pretrained_dir: str | None, shape: str, device: torch.device
+) -> FunctionCallModule:
+    torch.manual_seed(0)
+    s = SHAPES[shape]
+    module = FunctionCallModule(
+        pretrained_dir,
+        learning_rate=recipe.learning_rate,
+        min_lr=recipe.min_lr,
+        warmup_iters=recipe.warmup_iters,
+        lr_decay_iters=recipe.lr_decay_iters,
+        dropout=recipe.dropout,
+        compile=device.type == "cuda",
+        n_layer=s.n_layer,
+        n_head=s.n_head,
+        n_embd=s.n_embd,
+        block_size=None if pretrained_dir else GPT2_BLOCK_SIZE,
+    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # It only says which precision is computed in.
+    module.trainer = L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if computes_in_bfloat16(device) else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    return module.to(device)
+
+
+class _Run:
+    """One recipe's training, a stretch at a time."""
+
+    def __init__(
+        self,
+        module: FunctionCallModule,
+        data: FunctionCallDataModule,
+        recipe: Recipe,
+        batch_size: int,
+    ) -> None:
+        assert data.train_set is not None and data.val_set is not None
+        self.module, self.way, self.val_set = module, recipe.way, data.val_set
+        configured = module.configure_optimizers()
+        self.optimizer, self.scheduler = (
+            configured["optimizer"],
+            configured["lr_scheduler"]["scheduler"],
+        )
+        self.steps = endless_steps(recipe.way, module, data.train_set, batch_size=batch_size)
+        self.num_batches = len(data.train_set) // batch_size
+        self.val_batches = [batch.to(module.device) for batch in data.val_dataloader()]
+        num_scored = min(256, len(data.val_set))
+        self.scored = np.linspace(0, len(data.val_set) - 1, num_scored).astype(int).tolist()
+        self.num_steps = 0
+
+    def until(self, *, loss: float, match: float, limit_s: float, console: Console) -> Quality:
+        """Train and evaluate in turn until both are reached, or the limit is."""
+        warm_up_s = self._warm_up() if self.module.hparams.compile else 0.0
+        trained_s = 0.0
+        losses: list[float] = []
+        matches: list[float] = []
+        loss_s = match_s = None
+        while (loss_s is None or match_s is None) and trained_s < limit_s:
+            trained_s += self._train(max(0.25, _GROWTH * trained_s))
+            losses.append(self._loss())
+            matches.append(self._match())
+            loss_s = trained_s if loss_s is None and losses[-1] <= loss else loss_s
+            match_s = trained_s if match_s is None and matches[-1] >= match else match_s
+            console.print(
+                f"{self.way}: {self.num_steps:,} steps, {trained_s:.1f} s, "
+                f"val loss {losses[-1]:.4f}, call match {matches[-1]:.1%}"
+            )
+        return Quality(
+            self.way, warm_up_s, self.num_steps, loss_s, match_s, min(losses), max(matches)
+        )
+
+    def _warm_up(self) -> float:
+        start = time.perf_counter()
+        self.module.train()
+        warm_up(self.steps, self.num_batches)
+        self.optimizer.zero_grad()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _train(self, at_least_s: float) -> float:
+        self.module.train()
+        start = time.perf_counter()
+        for step in self.steps:
+            step.add_gradients()
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            self.num_steps += 1
+            if time.perf_counter() - start >= at_least_s:
+                break
+        self._wait()
+        return time.perf_counter() - start
+
+    def _loss(self) -> float:
+        """Mean over the trained tokens of all validation rows."""
+        self.module.eval()
+        with torch.no_grad(), self.module.trainer.precision_plugin.forward_context():
+            total = sum(float(self.module.loss_sum(batch)) for batch in self.val_batches)
+        return total / sum(len(batch.targets) for batch in self.val_batches)
+
+    def _match(self) -> float:
+        predictions = predict_rows(self.module, self.val_set, self.scored)
+        return sum(p.is_match for p in predictions) / len(predictions)
+
+    def _wait(self) -> None:
+        if self.module.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _table(reached: Sequence[Quality], *, loss: float, match: float, limit_s: float) -> Table:
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption=f"seconds of training, known to {_GROWTH:.0%}; compiling (warm-up) not included",
+    )
+    for name in ("", "warm-up", "steps", f"val loss {loss}", f"call match {match:.0%}"):
+        table.add_column(name, justify="right" if name in ("warm-up", "steps") else "left")
+    for q in reached:
+        table.add_row(
+            q.way,
+            f"{q.warm_up_s:.1f} s",
+            f"{q.num_steps:,}",
+            _seconds(q.loss_s, limit_s, f"{q.lowest_loss:.3f}"),
+            _seconds(q.match_s, limit_s, f"{q.highest_match:.1%}"),
+        )
+    reference, ours = reached
+    table.add_row(
+        "times sooner",
+        "",
+        "",
+        _ratio(reference.loss_s, ours.loss_s, limit_s),
+        _ratio(reference.match_s, ours.match_s, limit_s),
+    )
+    return table
+
+
+def _seconds(seconds: float | None, limit_s: float, reached: str) -> str:
+    return f"{seconds:.1f} s" if seconds else f"not within {limit_s:g} s (reached {reached})"
+
+
+def _ratio(reference_s: float | None, ours_s: float | None, limit_s: float) -> str:
+    if ours_s is None:
+        return "not known"
+    return f"{reference_s / ours_s:.1f}" if reference_s else f"more than {limit_s / ours_s:.1f}"

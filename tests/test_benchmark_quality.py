@@ -1,0 +1,61 @@
+"""Time to quality counts training alone, stops at its goal or limit, and says which."""
+
+import time
+
+import pytest
+from rich.console import Console
+from training import write_rows
+
+from fc_lightning.benchmark import SHAPES
+from fc_lightning.benchmark_quality import _Run, benchmark_quality
+from fc_lightning.gpt import GPTConfig
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """A function that measures a tiny model on four rows, and returns what is said too."""
+    monkeypatch.setitem(SHAPES, "tiny", GPTConfig(n_layer=1, n_head=1, n_embd=8, bias=False))
+    monkeypatch.setattr("fc_lightning.benchmark_quality.GPT2_BLOCK_SIZE", 160)
+    data, console = write_rows(tmp_path / "data", 4, 2), Console(record=True, width=100)
+
+    def measure(**options):
+        reached = benchmark_quality(
+            data, shape="tiny", device="cpu", batch_size=2, console=console, **options
+        )
+        return reached, console.export_text()
+
+    return measure
+
+
+def test_a_goal_ends_the_clock_and_a_limit_ends_training(measure):
+    (reference, ours), said = measure(loss=10.6, match=0.5, limit_s=2.0, learning_rate=1e-2)
+    # A rate of 5e-6 after 2,000 steps leads nowhere in two seconds; a model that has learned
+    # which tokens occur at all is better than one that takes all for equal.
+    assert reference.loss_s is None and reference.lowest_loss == pytest.approx(10.8, abs=0.1)
+    assert ours.loss_s is not None and ours.lowest_loss < 10.6
+    assert ours.match_s is None and ours.highest_match == 0.0
+    assert 0 < reference.num_steps < ours.num_steps
+    assert f"{ours.loss_s:.1f} s" in said and "not within 2 s (reached 10.8" in said
+    assert f"more than {2 / ours.loss_s:.1f}" in said and "not known" in said
+
+
+def test_both_goals_end_a_run_at_once(measure):
+    reached, said = measure(loss=20.0, match=0.0, limit_s=60.0)
+    for q in reached:
+        assert q.loss_s == q.match_s > 0
+    assert f"{reached[0].loss_s / reached[1].loss_s:.1f}" in said
+
+
+def test_evaluating_takes_none_of_the_time(measure, monkeypatch):
+    def match_slowly(run):
+        time.sleep(2.0)
+        return 0.0
+
+    monkeypatch.setattr(_Run, "_match", match_slowly)
+    (_, ours), _ = measure(loss=20.0, match=0.0, limit_s=60.0)
+    assert ours.loss_s < 2.0
+
+
+def test_an_unknown_shape_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no shape 'huge'; choose from tiny"):
+        benchmark_quality(tmp_path, shape="huge")

@@ -75,6 +75,7 @@ class FunctionCallCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_class=_Parser,
+            parser_kwargs={"prog": "python -m fc_lightning"},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -34,23 +34,36 @@ from fc_lightning.tokenizer import NUM_TOKENS
 class FunctionCallModule(L.LightningModule):
     """Trains a GPT on whatever a `Batch` holds: (command, call) rows, or windows of text.
 
+    >>> module = FunctionCallModule(n_layer=1, n_head=1, n_embd=8, block_size=256)
+    >>> trainer = lightning.Trainer(max_epochs=1)  # doctest: +SKIP
+    >>> trainer.fit(module, FunctionCallDataModule("my_data"))  # doctest: +SKIP
+
     Args:
         pretrained_dir: "base" for the one that ships, a nanoGPT ckpt.pt or its folder, a Hugging
             Face GPT-2 folder, or a Lightning .ckpt. Without one, a new model of the shape below.
-        n_layer, n_head, n_embd, block_size: the shape of a new model; with a pretrained one,
-            only block_size counts, which crops it.
-        learning_rate, min_lr: peak and final learning rate.
+        n_layer: blocks of a new model; a pretrained one keeps its own shape.
+        n_head: attention heads of a block of a new model.
+        n_embd: width of a new model, all heads together.
+        block_size: positions, prompt and response together; crops a pretrained model to so
+            many. Without one 256, or the pretrained model's own.
+        learning_rate: its peak, after the warmup.
+        min_lr: the learning rate at the end.
         warmup_iters: optimizer steps of linear warmup.
-        lr_decay_iters: optimizer step at which min_lr is reached; None for the whole run.
+        lr_decay_iters: optimizer step at which min_lr is reached; null (None) for the whole run.
         lr_schedule: after the warmup a "cosine", or a "trapezoid": half of it flat, then linear.
         weight_decay: on matrices and embeddings, as nanoGPT has it; none on biases and norms.
-        beta1, beta2: AdamW's.
+        beta1: AdamW's decay of the mean gradient.
+        beta2: AdamW's decay of the mean squared gradient.
         optimizer: "adamw" for all weights, or "muon" for the matrices of the blocks: better from
             random weights, seldom worth it after.
         muon_lr: Muon's peak learning rate; it follows the same schedule.
         dropout: probability, wherever GPT-2 has it.
         compile: run the training network through torch.compile (a minute, once; needs a C++
             compiler, or Triton on a GPU). Evaluation stays as it is.
+
+    Raises:
+        CheckpointError: pretrained_dir can't be read, or is no GPT-2.
+        ValueError: a shape, rate or schedule that can't be used.
     """
 
     hparams: Any  # Lightning types it as a mapping without attributes

@@ -206,7 +206,8 @@ def _logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits, -inf where not allowed, and the ids (B, K) that they are for, None for all (B, V).
 
-    Of ids, only their rows of the vocabulary head are computed.
+    Of ids, only their rows of the vocabulary head are computed, and in float32: a model in bf16
+    then answered 12 of 545 commands otherwise than one in float32, and 29 with the head in bf16.
     """
     given = [ids for ids in allowed if ids is not None]
     if not given:
@@ -217,8 +218,8 @@ def _logits(
         return logits.masked_fill(~is_allowed, -torch.inf), None
     ids = torch.nn.utils.rnn.pad_sequence(given, batch_first=True, padding_value=-1)
     ids = ids.to(states.device)
-    head = model.transformer.wte.weight[ids.clamp(min=0)]  # (B, K, C); the head is tied to wte
-    logits = (head @ states[:, :, None])[:, :, 0].float()
+    head = model.transformer.wte.weight[ids.clamp(min=0)].float()  # (B, K, C), tied to wte
+    logits = (head @ states.float()[:, :, None])[:, :, 0]
     return logits.masked_fill(ids < 0, -torch.inf), ids
 
 

@@ -226,3 +226,15 @@ def test_what_does_not_fit_into_the_model_is_an_error_and_never_cut() -> None:
         generate(model, [[1], [1] * 41], max_new_tokens=8)
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(model, [[1], []], max_new_tokens=8)
+
+
+@torch.no_grad()
+def test_allowed_ids_are_compared_in_float32() -> None:
+    model = tiny_gpt().bfloat16()
+    states, ids = torch.randn(3, 16).bfloat16(), torch.tensor([4, 5, 6])
+    exact = states.float() @ model.lm_head.weight[ids].float().T
+    choices = choose(model, states, [ids] * 3)
+    assert [token for token, _ in choices] == ids[exact.argmax(dim=1)].tolist()
+    expected = exact.log_softmax(dim=1).amax(dim=1).tolist()
+    # float32; in bf16 they would be off by some thousandths
+    assert [p for _, p in choices] == pytest.approx(expected, abs=1e-6)

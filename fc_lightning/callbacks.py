@@ -30,6 +30,12 @@ from fc_lightning.predictions import Prediction, predict_rows
 from fc_lightning.ranks import gather, share
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+# By what runs are compared. TensorBoard's table shows the first five, by alphabet, and then the
+# measures; with all settings in it, these would be off the screen, and those the same in most runs.
+_COMPARED = (
+    "dropout", "learning_rate", "optimizer", "pretrained_dir", "max_tokens_per_step",
+    "rows_per_step", "shape", "train_rows", "warmup_iters", "weight_decay",
+)  # fmt: skip
 
 
 class SampleCalls(L.Callback):
@@ -154,10 +160,8 @@ class ValidateCalls(L.Callback):
         self.predictions: list[Prediction] = []  # of this rank, from the last validation
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        measures = ["val/loss"]
-        if _has_calls(trainer):
-            measures += [f"val/{n}" for n in ("call_match", "function_match", "argument_f1")]
-        log_hyperparameters(trainer, pl_module, measures)
+        measures = ["call_match", "function_match", "argument_f1"] if _has_calls(trainer) else []
+        log_hyperparameters(trainer, pl_module, [f"val/{name}" for name in (*measures, "loss")])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -245,8 +249,8 @@ def log_hyperparameters(
             logger.log_hyperparams(settings, metrics={})
         else:
             logger.log_hyperparams(settings)
-    # TensorBoard's table shows the first five, by alphabet, unless it is asked for others.
-    shown = {n: v for n, v in settings.items() if n not in ("beta1", "beta2", "compile")}
+    settings["shape"] = f"{settings['n_layer']} x {settings['n_embd']}"
+    shown = {name: settings[name] for name in _COMPARED if name in settings}
     plain = {n: v if type(v) in (int, float) else str(v) for n, v in shown.items()}
     for writer in _tensorboard(trainer):
         for summary in hparams(plain, dict.fromkeys(measures, 0.0)):

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
+from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from training import SHAPE, fit, make_trainer, read_lines, write_rows
 
 from fc_lightning import callbacks
@@ -98,6 +101,25 @@ def test_validate_scores_every_row(tmp_path, data):
     assert len(calls.predictions) == 5
     assert measures["val/call_match"] == 0.0
     assert math.isfinite(measures["val/loss"])
+
+
+def test_a_run_is_understandable_in_tensorboard_alone(tmp_path, data):
+    logger = TensorBoardLogger(tmp_path, name="run")
+    options = {"callbacks": [ValidateCalls(2), SampleCalls(3, 2), Throughput(1)], "logger": logger}
+    fit(tmp_path, data, max_epochs=1, **options)
+    events = EventAccumulator(logger.log_dir).Reload()
+    scalars = set(events.Tags()[SCALARS])
+    assert {"train/loss", "train/learning_rate", "train/examples_per_s", "val/loss"} <= scalars
+    assert {"val/call_match", "val/argument_f1", "val_call_match/lock_doors"} <= scalars
+    assert set(events.Tags()[IMAGES]) == {"val/confusion", "val/calibration"}
+    assert events.SummaryMetadata("samples/val/text_summary")
+    content = events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
+    table = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
+    measures = ["val/call_match", "val/function_match", "val/argument_f1", "val/loss"]
+    assert [info.name.tag for info in table.metric_infos] == measures
+    # TensorBoard shows the first five by alphabet.
+    first = ["dropout", "learning_rate", "optimizer", "pretrained_dir", "rows_per_step"]
+    assert sorted(info.name for info in table.hparam_infos)[:5] == first
 
 
 class Clock:

@@ -207,13 +207,17 @@ def test_a_checkpoint_in_fewer_bits_still_answers_validly(
         assert all(VEHICLE.violations(call) == [] for call in loaded(COMMANDS))
 
 
-def test_int8_states_are_close_to_those_of_float32() -> None:
+@pytest.mark.parametrize("has_vnni", sorted({False, torch.cpu._is_vnni_supported()}))
+def test_int8_states_are_close_to_those_of_float32(
+    has_vnni: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
     ids = torch.tensor([encode_command("make it warmer")])
     with torch.no_grad():
         exact = untrained_gpt().eval().hidden_states(ids)
         near = quantize_int8(untrained_gpt().eval()).hidden_states(ids)
-    # 8 bits of each weight and activation: within 2 % of the states' size
-    assert float((near - exact).norm() / exact.norm()) < 0.02
+    # 8 bits of each weight, 8 or 7 of each activation: within 1 or 2 % of the states' size
+    assert 0 < float((near - exact).norm() / exact.norm()) < (0.01 if has_vnni else 0.02)
 
 
 def test_options_that_cannot_be_used_are_errors(caller: FunctionCaller, tmp_path: Path) -> None:

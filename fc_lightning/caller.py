@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fc_lightning.calls import FunctionCall, parse_call, value_key
-from fc_lightning.chat import SYSTEM, decode_response, encode_command
+from fc_lightning.chat import SYSTEM, decode_response, encode_command, render_response
 from fc_lightning.checkpoint import load_gpt, load_registry_source
 from fc_lightning.decoding import generate, prefill
 from fc_lightning.functions import Registry, load_registry, registry_from_source
@@ -79,6 +79,8 @@ class FunctionCaller:
         max_text_tokens = _max_text_tokens(registry, model.config.block_size)
         self._max_new_tokens = max_response_tokens(registry, max_text_tokens=max_text_tokens)
         self._grammar = compile_grammar(registry, max_text_tokens=max_text_tokens)
+        parameters = [p for function in registry.functions for p in function.parameters]
+        self._has_open_arrays = any(p.type == "array" and not p.enum for p in parameters)
         self._prefix = prefill(model, _shared_prompt())
         is_gpu = model.transformer.wte.weight.is_cuda
         self._batch_size = batch_size or (512 if is_gpu else 64)
@@ -134,7 +136,10 @@ class FunctionCaller:
             CommandError: a command is empty, or too long for the model.
         """
         responses = self.respond([text] if isinstance(text, str) else text)
-        calls = [_read(response) for response in responses]
+        calls = [
+            dataclasses.replace(parse_call(response.text), confidence=response.confidence)
+            for response in responses
+        ]
         return calls[0] if isinstance(text, str) else calls
 
     def respond(
@@ -146,6 +151,8 @@ class FunctionCaller:
         on_progress: Callable[[int], object] | None = None,
     ) -> list[Response]:
         """The model's own text for each command, in order; unconstrained, it may be no call.
+
+        Constrained, elements that the model repeats in an array are left out.
 
         `systems` are the system prompts, one for each command, as data files hold them; by
         default the one that all of this package's data has. `on_progress` is told how many more
@@ -167,8 +174,10 @@ class FunctionCaller:
                 prefix=self._prefix,
             )
             for i, generation in zip(batch, generations, strict=True):
-                confidence = math.exp(generation.log_probability)
-                responses[i] = Response(decode_response(generation.ids), confidence)
+                text = decode_response(generation.ids)
+                if constrained and self._has_open_arrays:
+                    text = _without_repeats(text)
+                responses[i] = Response(text, math.exp(generation.log_probability))
             if on_progress is not None:
                 on_progress(len(batch))
         return [responses[i] for i in range(len(prompts))]
@@ -243,14 +252,14 @@ def quantize_int8(model: GPT) -> GPT:
     return model
 
 
-def _read(response: Response) -> FunctionCall:
-    call = parse_call(response.text)
-    arguments = {name: _without_repeats(value) for name, value in call.arguments.items()}
-    return dataclasses.replace(call, arguments=arguments, confidence=response.confidence)
+def _without_repeats(text: str) -> str:
+    """A response with every array's elements once; where they are free, no grammar sees to it."""
+    call = parse_call(text)
+    once = {name: _once_each(value) for name, value in call.arguments.items()}
+    return text if once == call.arguments else render_response(FunctionCall(call.name, once))
 
 
-def _without_repeats(value: Any) -> Any:
-    """An array's elements once each: the grammar can't see to it where they are free text."""
+def _once_each(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     once: dict[Any, Any] = {}

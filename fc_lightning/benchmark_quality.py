@@ -26,7 +26,8 @@ from fc_lightning.module import FunctionCallModule
 from fc_lightning.predictions import predict_rows
 from fc_lightning.steps import Way, endless_steps, warm_up
 
-_GROWTH = 0.2  # training between two evaluations, as a share of all training before
+# Training between two evaluations: a share of all training before, and at least so long.
+_GROWTH, _SHORTEST_S = 0.2, 0.25
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class _Run:
         matches: list[float] = []
         loss_s = match_s = None
         while (loss_s is None or match_s is None) and trained_s < limit_s:
-            trained_s += self._train(max(0.25, _GROWTH * trained_s))
+            trained_s += self._train(max(_SHORTEST_S, _GROWTH * trained_s))
             losses.append(self._loss())
             matches.append(self._match())
             loss_s = trained_s if loss_s is None and losses[-1] <= loss else loss_s
@@ -226,7 +227,8 @@ def _table(reached: Sequence[Quality], *, loss: float, match: float, limit_s: fl
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        caption=f"seconds of training, known to {_GROWTH:.0%}; compiling (warm-up) not included",
+        caption=f"seconds of training, at most {_GROWTH:.0%} or {_SHORTEST_S} s too many; "
+        "without compiling (warm-up)",
     )
     for name in ("", "warm-up", "steps", f"val loss {loss}", f"call match {match:.0%}"):
         table.add_column(name, justify="right" if name in ("warm-up", "steps") else "left")

@@ -20,9 +20,13 @@ from fc_lightning.dataset import Batch, DataError
 
 def check_batch_limit(batch_size: int | None, max_tokens: int | None) -> None:
     """Refuse, with a ValueError, anything but one limit of a batch, of rows or of tokens."""
-    if (batch_size is None) == (max_tokens is None):
-        given = "neither" if batch_size is None else f"both ({batch_size} and {max_tokens})"
-        raise ValueError(f"set either data.batch_size or data.max_tokens, not {given}")
+    if batch_size is None and max_tokens is None:
+        raise ValueError("data.batch_size and data.max_tokens are both null; set one of them")
+    if batch_size is not None and max_tokens is not None:
+        raise ValueError(
+            f"data.batch_size {batch_size} and data.max_tokens {max_tokens} both limit a batch; "
+            "set one of them to null"
+        )
     for name, limit in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if limit is not None and limit < 1:
             raise ValueError(f"data.{name} must be at least 1, not {limit}")

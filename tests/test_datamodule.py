@@ -119,8 +119,8 @@ def test_wrong_settings_are_refused(tmp_path):
     for options, words in (
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"batch_size": None, "max_tokens": 0}, "max_tokens must be at least 1, not 0"),
-        ({"batch_size": None}, "batch_size or data.max_tokens, not neither"),
-        ({"max_tokens": 9}, r"batch_size or data.max_tokens, not both \(64 and 9\)"),
+        ({"batch_size": None}, "batch_size and data.max_tokens are both null; set one of them"),
+        ({"max_tokens": 9}, "batch_size 64 and data.max_tokens 9 both limit a batch; set one of"),
     ):
         with pytest.raises(ValueError, match=f"data.{words}"):
             FunctionCallDataModule(**options)

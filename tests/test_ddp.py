@@ -9,7 +9,7 @@ from training import SHAPE, make_trainer, read_lines, write_rows
 from fc_lightning.callbacks import SampleCalls, ValidateCalls
 from fc_lightning.datamodule import FunctionCallDataModule
 from fc_lightning.module import FunctionCallModule
-from fc_lightning.ranks import gather, share
+from fc_lightning.ranks import gather, highest_of_ranks, share, sum_over_ranks
 
 
 class Noted(FunctionCallModule):
@@ -120,3 +120,5 @@ def test_each_row_is_predicted_once(tmp_path, ranks):
 def test_a_process_alone_shares_with_nobody():
     assert share([1, 2, 3]) == [1, 2, 3]
     assert gather("mine") == ["mine"]
+    assert highest_of_ranks(3) == 3
+    assert sum_over_ranks(torch.tensor(3)) == 3

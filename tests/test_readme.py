@@ -64,6 +64,7 @@ def shorter(command: str) -> str:
     return {
         "synthesize": "--num_examples=200",
         "benchmark train": "--shape=tiny --seconds=0.01 --batch_size=2",
+        "benchmark quality": "--shape=tiny --batch_size=1 --num_steps=1 --limit_s=0.01",
         "benchmark decode": "--shape=tiny --seconds=0.01 --num_commands=2",
     }.get(name, "")
 

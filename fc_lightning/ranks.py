@@ -44,7 +44,7 @@ def highest_of_ranks(number: int) -> int:
 @functools.cache
 def _hosts(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """All ranks of `world`, for tensors in the hosts' memory."""
-    return dist.new_group(backend="gloo")
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

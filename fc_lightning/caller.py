@@ -88,7 +88,7 @@ class FunctionCaller:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | Path,
+        path: str | Path = "vehicle",
         *,
         functions: str | Path | None = None,
         device: str = "auto",
@@ -96,7 +96,8 @@ class FunctionCaller:
         int8: bool = False,
         batch_size: int | None = None,
     ) -> FunctionCaller:
-        """Load a checkpoint in any format that `load_gpt` reads.
+        """Load a checkpoint in any format that `load_gpt` reads; without one, the tuned one that
+        ships, which knows the vehicle's functions.
 
         On a CPU, torch is set to the number of threads with which the model answers soonest.
 

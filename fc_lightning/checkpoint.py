@@ -26,7 +26,9 @@ from fc_lightning.gpt import GPT, GPTConfig
 from fc_lightning.tokenizer import END_OF_TEXT, PADDED_VOCAB_SIZE
 
 NANOGPT_FILE, HF_FILE = "ckpt.pt", "config.json"
-SHIPPED = {"base": Path(__file__).parent / "assets" / "base.safetensors"}
+SHIPPED = {
+    name: Path(__file__).parent / "assets" / f"{name}.safetensors" for name in ("base", "vehicle")
+}
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
 # GPT-2 stores these as Conv1D weights (in, out); Linear wants (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -53,7 +55,8 @@ def load_gpt(
 
     Reads a nanoGPT `ckpt.pt`, a Lightning `.ckpt` of this package, a file of
     `export.save_packed`, or a folder that holds a `ckpt.pt` or a Hugging Face GPT-2 (config.json
-    and model.safetensors or pytorch_model.bin). "base" is the base that ships with the package.
+    and model.safetensors or pytorch_model.bin). "base" is the base that ships with the package,
+    "vehicle" the same after fine-tuning on synthesized commands for the built-in functions.
     A vocabulary of 50,257 is padded to 50,304 rows; see `_with_padded_vocabulary`.
 
     Args:

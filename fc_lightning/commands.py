@@ -174,9 +174,9 @@ def _find_row(path: Path, split: str, number: int) -> Row:
 
 
 def call(
-    checkpoint: Path,
     text: list[str],
     *,
+    checkpoint: str = "vehicle",
     functions: Path | None = None,
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -190,7 +190,8 @@ def call(
 
     Args:
         text: commands, each in quotes
-        checkpoint: a Lightning .ckpt, a nanoGPT ckpt.pt, or a folder with a Hugging Face GPT-2
+        checkpoint: a Lightning .ckpt, a nanoGPT ckpt.pt, a folder with a Hugging Face GPT-2, or
+            vehicle, the tuned model that ships
         functions: the domain's YAML file; without one, that in the checkpoint, else the vehicle's
         device: cpu, cuda, ...; auto takes a GPU if there is one
         dtype: auto takes bfloat16 where the hardware computes in it
@@ -264,10 +265,10 @@ def _converse(caller: FunctionCaller, *, constrained: bool) -> None:
 
 
 def evaluate(
-    checkpoint: Path,
     data: Path,
     output: Path,
     *,
+    checkpoint: str = "vehicle",
     functions: Path | None = None,
     device: str = "auto",
     dtype: Dtype = "float32",
@@ -277,9 +278,10 @@ def evaluate(
     """Score a model on examples, with and without constrained decoding.
 
     Args:
-        checkpoint: a Lightning .ckpt, a nanoGPT ckpt.pt, or a folder with a Hugging Face GPT-2
         data: an example file, or a folder, of which the test files are taken
         output: folder for report.html, report.json and the predictions
+        checkpoint: a Lightning .ckpt, a nanoGPT ckpt.pt, a folder with a Hugging Face GPT-2, or
+            vehicle, the tuned model that ships
         functions: the domain's YAML file; without one, that in the checkpoint, else the vehicle's
         device: cpu, cuda, ...; auto takes a GPU if there is one
         dtype: auto computes as `call` does; float32 gives the same figures on every machine

@@ -18,12 +18,14 @@ from fc_lightning.caller import (
     _without_repeats,
     quantize_int8,
 )
-from fc_lightning.calls import FunctionCall, parse_call
+from fc_lightning.calls import FunctionCall, calls_equal, parse_call
 from fc_lightning.chat import SYSTEM, decode_response, encode_command, render_response
+from fc_lightning.dataset import Row, expected_call
 from fc_lightning.export import save_nanogpt
 from fc_lightning.functions import load_registry, registry_from_source
 from fc_lightning.gpt import GPT, GPTConfig
 from fc_lightning.grammar import compile_grammar
+from fc_lightning.synthesis import synthesize
 from fc_lightning.tokenizer import END_OF_PROMPT
 
 Answer = Callable[..., FunctionCaller]
@@ -231,6 +233,15 @@ def test_int8_states_are_close_to_those_of_float32(
         near = quantize_int8(untrained_gpt().eval()).hidden_states(ids)
     # 8 bits of each weight, 8 or 7 of each activation: within 1 or 2 % of the states' size
     assert 0 < float((near - exact).norm() / exact.norm()) < (0.01 if has_vnni else 0.02)
+
+
+def test_the_model_that_ships_answers_without_being_named() -> None:
+    caller = FunctionCaller.from_checkpoint(device="cpu", dtype="float32")
+    examples = synthesize(VEHICLE, num_examples=500, seed=4).test
+    expected = [expected_call(Row(e, Path("here"), 0), VEHICLE) for e in examples]
+    calls = caller([example.command for example in examples])
+    matches = sum(calls_equal(a, b) for a, b in zip(calls, expected, strict=True))
+    assert len(examples) >= 50 and matches >= 0.9 * len(examples)
 
 
 def test_options_that_cannot_be_used_are_errors(caller: FunctionCaller, tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ class FunctionCallModule(L.LightningModule):
         weight_decay: on matrices and embeddings, as nanoGPT has it; none on biases and norms.
         beta1: AdamW's decay of the mean gradient.
         beta2: AdamW's decay of the mean squared gradient.
-        optimizer: "adamw" for all weights, or "muon" for the matrices of the blocks: better from
-            random weights, seldom worth it after.
+        optimizer: "adamw" for all weights, or "muon" for the matrices of the blocks, which needs
+            far fewer steps, from random weights and from the base.
         muon_lr: Muon's peak learning rate; it follows the same schedule.
         dropout: probability, wherever GPT-2 has it.
         compile: run the training network through torch.compile (a minute, once; needs a C++

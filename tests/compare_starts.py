@@ -3,8 +3,9 @@
     python tests/compare_starts.py DATA_DIR --start random none 1e-3 --start shipped base 1e-3 \\
         --start 124M outputs/pretrain/checkpoints/best.ckpt 5e-4
 
-Each start (name, checkpoint or none, learning rate) is fine-tuned on synthesized rows once for
-each number of steps, with a schedule as long as that, and answers DATA_DIR's test commands.
+Each start (name, checkpoint or none, AdamW's learning rate) is fine-tuned with Muon at 0.01 for
+the matrices, on synthesized rows, once for each number of steps, with a schedule as long
+as that, and answers DATA_DIR's test commands.
 Writes starts.json and starts.png into the output folder after every run, and prints a table.
 """
 
@@ -37,6 +38,8 @@ def fine_tune(
         checkpoint,
         learning_rate=learning_rate,
         min_lr=learning_rate / 100,
+        optimizer="muon",
+        muon_lr=0.01,
         warmup_iters=max(1, min(100, max_steps // 10)),
         lr_decay_iters=None,
         dropout=0.0,
@@ -86,14 +89,13 @@ def main() -> None:
     parser.add_argument("--start", nargs=3, action="append", required=True, metavar="X")
     parser.add_argument("--steps", nargs="+", type=int, default=[100, 300, 1000, 3000])
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--num_examples", type=int, help="synthesized, where not all runs are here")
     parser.add_argument("--output", type=Path, default=Path("outputs/starts"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     rows = read_rows(options.folder, "test")
-    num_rows = max(options.steps) * options.batch_size
-    data = FunctionCallDataModule(
-        batch_size=options.batch_size, num_examples=num_rows * 10 // 9 + 10
-    )
+    num_examples = options.num_examples or max(options.steps) * options.batch_size * 10 // 9 + 10
+    data = FunctionCallDataModule(batch_size=options.batch_size, num_examples=num_examples)
     results = []
     for name, checkpoint, learning_rate in options.start:
         for max_steps in options.steps:

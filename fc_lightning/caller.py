@@ -7,6 +7,7 @@ system prompt's keys and values, which all calls share. Nothing of Lightning is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 from fc_lightning.calls import FunctionCall, parse_call, value_key
 from fc_lightning.chat import SYSTEM, decode_response, encode_command, render_response
 from fc_lightning.checkpoint import load_gpt, load_registry_source
-from fc_lightning.decoding import generate, prefill
+from fc_lightning.decoding import Allow, generate, prefill
 from fc_lightning.functions import Registry, load_registry, registry_from_source
 from fc_lightning.gpt import GPT
-from fc_lightning.grammar import MAX_TEXT_TOKENS, compile_grammar, max_response_tokens
+from fc_lightning.grammar import MAX_TEXT_TOKENS, Place, compile_grammar, max_response_tokens
+from fc_lightning.verbatim import narrowed
 
 _MIN_PROMPT_TOKENS = 96  # what a response must leave free; prompts take about 75
 _MIN_TEXT_TOKENS = 24
@@ -59,6 +61,24 @@ class Response:
     confidence: float
 
 
+class _Copying:
+    """A place of the grammar, where what is called verbatim is copied from one command."""
+
+    def __init__(self, place: Place, command: str, registry: Registry) -> None:
+        self._place, self._command, self._registry = place, command, registry
+        self.forced = place.forced
+
+    @functools.cached_property
+    def allowed(self) -> Tensor:
+        allowed = self._place.allowed
+        if allowed.dtype != torch.bool:  # no free text
+            return allowed
+        return narrowed(allowed, self._place.ids, self._command, self._registry)
+
+    def after(self, token: int) -> _Copying:
+        return _Copying(self._place.after(token), self._command, self._registry)
+
+
 class FunctionCaller:
     """Turns what people say into calls of a registry's functions; safe to share among threads.
 
@@ -81,6 +101,7 @@ class FunctionCaller:
         self._grammar = compile_grammar(registry, max_text_tokens=max_text_tokens)
         parameters = [p for function in registry.functions for p in function.parameters]
         self._has_open_arrays = any(p.type == "array" and not p.enum for p in parameters)
+        self._has_verbatim = any(p.is_verbatim for p in parameters)
         self._prefix = prefill(model, _shared_prompt())
         is_gpu = model.transformer.wte.weight.is_cuda
         self._batch_size = batch_size or (512 if is_gpu else 64)
@@ -171,7 +192,7 @@ class FunctionCaller:
                 self.model,
                 [prompts[i] for i in batch],
                 max_new_tokens=self._max_new_tokens,
-                allow=self._grammar if constrained else None,
+                allow=[self._first_place(commands[i]) for i in batch] if constrained else None,
                 prefix=self._prefix,
             )
             for i, generation in zip(batch, generations, strict=True):
@@ -182,6 +203,11 @@ class FunctionCaller:
             if on_progress is not None:
                 on_progress(len(batch))
         return [responses[i] for i in range(len(prompts))]
+
+    def _first_place(self, command: str) -> Allow:
+        if self._has_verbatim:
+            return _Copying(self._grammar, command, self.registry)
+        return self._grammar
 
     def execute(self, text: str, handlers: Mapping[str, Callable[..., Any]]) -> Any:
         """Call the handler of the function that `text` asks for, with its arguments by keyword.

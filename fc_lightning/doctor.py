@@ -26,6 +26,7 @@ from fc_lightning.chat import SYSTEM, Example, encode_command, encode_example, e
 from fc_lightning.dataset import DataError, Row, read_entries, read_example
 from fc_lightning.functions import Registry
 from fc_lightning.synthesis import never_said
+from fc_lightning.verbatim import not_verbatim
 
 # Kinds of problems, the gravest first, and what to do about each.
 FIXES = {
@@ -36,6 +37,7 @@ FIXES = {
     "unreadable call": "rewrite the response as `synthesize` writes it",
     "unknown function": "correct its name, or name the file that defines it (--functions)",
     "call against its schema": "correct the arguments",
+    "not verbatim": "write the text as it was said, or take x-verbatim from its schema",
     "too long": "shorten it, or raise --block_size if the model has more positions",
     "unusual prompt": "write the prompt as `call` will send it, with its system text and markers",
     "contradiction": "one command has two different calls: keep the right one",
@@ -166,6 +168,8 @@ def _check_row(row: Row, registry: Registry, block_size: int, problems: list[Pro
             if violations := registry.violations(call):
                 what = "; ".join(violations)
                 problems.append(Problem("call against its schema", reading.where, what))
+            for what in not_verbatim(call, row.example.command, registry):
+                problems.append(Problem("not verbatim", reading.where, what))
     for kind, what in _text_problems(row.example, block_size):
         problems.append(Problem(kind, reading.where, what))
     return reading

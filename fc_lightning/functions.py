@@ -51,6 +51,7 @@ class ParameterSpec:
     minimum: float | None = None
     maximum: float | None = None
     is_required: bool = False
+    is_verbatim: bool = False  # x-verbatim: its text stands in the command
 
     def type_violation(self, value: Any) -> str | None:
         """Why `value` has the wrong type, or None. Elements of an array are not looked at."""
@@ -281,9 +282,18 @@ def _parameter_spec(name: str, schema: Mapping[str, Any], is_required: bool) -> 
     for bound, value in bounds.items():
         if value is not None and not _has_type(value, "number"):
             raise RegistryError(f"argument {name!r}: {bound} {value!r} is no number")
-    description = str(schema.get("description", ""))
+    is_verbatim = schema.get("x-verbatim", False)
+    if not isinstance(is_verbatim, bool) or (is_verbatim and (kind != "string" or enum)):
+        raise RegistryError(f"argument {name!r}: x-verbatim: true is for strings without enum only")
     return ParameterSpec(
-        name, kind, description, tuple(enum), item_type, is_required=is_required, **bounds
+        name,
+        kind,
+        str(schema.get("description", "")),
+        tuple(enum),
+        item_type,
+        is_required=is_required,
+        is_verbatim=is_verbatim,
+        **bounds,
     )
 
 

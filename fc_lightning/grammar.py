@@ -49,13 +49,14 @@ class Place:
     def __init__(self, matcher: LLMatcher, ids: list[int], text_end: int) -> None:
         """The place after `ids`, whose first `text_end` end with the last token of free text."""
         self.forced, self.allowed = _advance(matcher, ids, text_end)
-        self._matcher, self._ids, self._text_end = matcher, [*ids, *self.forced], text_end
+        self.ids = [*ids, *self.forced]  # the response up to what is allowed
+        self._matcher, self._text_end = matcher, text_end
         self._next: dict[int, Place] = {}
 
     def after(self, token: int) -> Place:
         """The place that an allowed token leads to; remembered unless inside a free string."""
         if (place := self._next.get(token)) is None:
-            is_text, ids = self.allowed.dtype == torch.bool, [*self._ids, token]
+            is_text, ids = self.allowed.dtype == torch.bool, [*self.ids, token]
             matcher = _consume(self._matcher.deep_copy(), [token])
             place = Place(matcher, ids, len(ids) if is_text else self._text_end)
             if not is_text:

@@ -120,6 +120,8 @@ def test_canonical_orders_keys_by_schema_and_arrays_by_enum_and_shortens_numbers
          "argument 'a': minimum 'low' is no number"),
         ("functions: [{name: f, parameters: {properties: {a: {type: array, items: "
          "{type: array}}}}}]", "items of type 'array' are not supported"),
+        ("functions: [{name: f, parameters: {properties: {a: {enum: [b], x-verbatim: true}}}}]",
+         "argument 'a': x-verbatim: true is for strings without enum only"),
         ("{tools: gone.json, functions: []}", "gone.json can't be read"),
     ],
 )  # fmt: skip

@@ -39,8 +39,9 @@ class FunctionCallModule(L.LightningModule):
     >>> trainer.fit(module, FunctionCallDataModule("my_data"))  # doctest: +SKIP
 
     Args:
-        pretrained_dir: "base" for the one that ships, a nanoGPT ckpt.pt or its folder, a Hugging
-            Face GPT-2 folder, or a Lightning .ckpt. Without one, a new model of the shape below.
+        pretrained_dir: "base" or "vehicle" for those that ship, a nanoGPT ckpt.pt or its folder, a
+            Hugging Face GPT-2 folder, or a Lightning .ckpt. Without one, a new model of the shape
+            below.
         n_layer: blocks of a new model; a pretrained one keeps its own shape.
         n_head: attention heads of a block of a new model.
         n_embd: width of a new model, all heads together.

@@ -9,6 +9,7 @@ typographic ones.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,8 +47,8 @@ def narrowed(allowed: Tensor, ids: Sequence[int], command: str, registry: Regist
         return allowed
     is_single = found["double"] is None
     written = found["single"] if is_single else found["double"]
-    said = command.lower().translate(_AS_WRITTEN).encode()
-    tokens = sorted(set(_continuations(said, written.lower(), b"'" if is_single else rb"\"")))
+    said = command.translate(_AS_WRITTEN)
+    tokens = sorted(set(_continuations(said, written, b"'" if is_single else rb"\"")))
     copying = torch.tensor(tokens, dtype=torch.long)
     copying = copying[allowed[copying]]
     return copying if len(copying) else allowed
@@ -65,17 +66,25 @@ def not_verbatim(call: FunctionCall, command: str, registry: Registry) -> list[s
     ]
 
 
-def _continuations(said: bytes, written: bytes, quote: bytes) -> Iterator[int]:
-    """Tokens that go on with `written`, which begins a word of `said`, or end it with a word."""
+def _continuations(command: str, written: bytes, quote: bytes) -> Iterator[int]:
+    """Tokens that go on with `written`, which begins a word of the command, or end it with a word.
+
+    A token is written as the command has it, or in small letters.
+    """
     plain, closing = _vocabulary(b""), _vocabulary(quote)
+    as_said, said = command.encode(), command.lower().encode()
+    if len(as_said) != len(said):  # a rare letter takes more bytes when it is small
+        said = as_said.lower()
+    written = written.decode(errors="surrogateescape").lower().encode(errors="surrogateescape")
     start = said.find(written)
     while start >= 0:
         if _is_edge(said, start) and not said[start : start + 1].isspace():
             here = start + len(written)
             for end in range(here, min(len(said), here + _LONGEST_TOKEN) + 1):
-                yield from plain.get(said[here:end], ())
-                if end > start and _is_edge(said, end) and not said[end - 1 : end].isspace():
-                    yield from closing.get(said[here:end], ())
+                texts = {said[here:end], as_said[here:end]}
+                may_end = end > start and _is_edge(said, end) and said[end - 1] not in b" ([{"
+                for tokens in (plain, closing) if may_end else (plain,):
+                    yield from itertools.chain(*(tokens.get(text, ()) for text in texts))
         start = said.find(written, start + 1)
 
 
@@ -90,10 +99,10 @@ def _is_letter(byte: bytes) -> bool:
 
 @functools.cache
 def _vocabulary(quote: bytes) -> Mapping[bytes, list[int]]:
-    """Tokens by their text in small letters; with a quote, by what stands before it in them."""
+    """Tokens by their text; with a quote, those that have it, by what stands before it."""
     tokens: dict[bytes, list[int]] = defaultdict(list)
     for token in range(END_OF_TEXT):
-        text = get_encoding().decode_single_token_bytes(token).lower()
+        text = get_encoding().decode_single_token_bytes(token)
         before, found, _ = text.partition(quote) if quote else (text, True, b"")
         if found:
             tokens[before].append(token)

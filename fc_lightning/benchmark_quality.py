@@ -166,7 +166,7 @@ class _Run:
             configured["lr_scheduler"]["scheduler"],
         )
         self.steps = endless_steps("ours", module, data.train_set, batch_size=batch_size)
-        self.theirs = endless_steps(recipe.way, module, data.train_set, batch_size=batch_size)
+        self.train_set, self.batch_size = data.train_set, batch_size
         self.num_batches = len(data.train_set) // batch_size
         self.val_batches = [batch.to(module.device) for batch in data.val_dataloader()]
         num_scored = min(256, len(data.val_set))
@@ -192,16 +192,15 @@ class _Run:
                 f"{self.way}: {self.num_steps:,} steps, {clock_s:.1f} s, "
                 f"val loss {losses[-1]:.4f}, call match {matches[-1]:.1%}"
             )
-        highest_match = max(matches)
         return Quality(
             self.way,
             warm_up_s,
             self.num_steps,
-            clock_s,
-            loss_s,
-            match_s,
-            min(losses),
-            highest_match,
+            trained_s=clock_s,
+            loss_s=loss_s,
+            match_s=match_s,
+            lowest_loss=min(losses),
+            highest_match=max(matches),
         )
 
     def _warm_up(self) -> float:
@@ -215,8 +214,9 @@ class _Run:
     def _step_s(self) -> float:
         """The median of three gradients of the recipe's own way, after one; nothing is trained."""
         self.module.train()
+        theirs = endless_steps(self.way, self.module, self.train_set, batch_size=self.batch_size)
         times = []
-        for step in itertools.islice(self.theirs, 4):
+        for step in itertools.islice(theirs, 4):
             start = time.perf_counter()
             step.add_gradients()
             self._wait()

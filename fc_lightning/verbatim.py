@@ -56,14 +56,19 @@ def narrowed(allowed: Tensor, ids: Sequence[int], command: str, registry: Regist
 
 def not_verbatim(call: FunctionCall, command: str, registry: Registry) -> list[str]:
     """The arguments of a call that should stand in the command and don't, each with its text."""
-    spec, said = registry.spec(call.name), command.lower().translate(_AS_WRITTEN)
+    spec = registry.spec(call.name)
     verbatim = [p.name for p in spec.parameters if p.is_verbatim] if spec else []
     texts = {name: call.arguments.get(name) for name in verbatim}
     return [
         f"{name}: {text!r} is not in {command!r}"
         for name, text in texts.items()
-        if isinstance(text, str) and text.lower().translate(_AS_WRITTEN) not in said
+        if text and isinstance(text, str) and not _stands_in(command, text)
     ]
+
+
+def _stands_in(command: str, text: str) -> bool:
+    said, written = (t.lower().translate(_AS_WRITTEN).encode() for t in (command, text))
+    return any(_is_edge(said, start + len(written)) for start in _starts(said, written))
 
 
 def _continuations(command: str, written: bytes, quote: bytes) -> Iterator[int]:
@@ -76,15 +81,21 @@ def _continuations(command: str, written: bytes, quote: bytes) -> Iterator[int]:
     if len(as_said) != len(said):  # a rare letter takes more bytes when it is small
         said = as_said.lower()
     written = written.decode(errors="surrogateescape").lower().encode(errors="surrogateescape")
+    for start in _starts(said, written):
+        here = start + len(written)
+        for end in range(here, min(len(said), here + _LONGEST_TOKEN) + 1):
+            texts = {said[here:end], as_said[here:end]}
+            may_end = end > start and _is_edge(said, end) and said[end - 1] not in b" ([{"
+            for tokens in (plain, closing) if may_end else (plain,):
+                yield from itertools.chain(*(tokens.get(text, ()) for text in texts))
+
+
+def _starts(said: bytes, written: bytes) -> Iterator[int]:
+    """Where `written` stands in `said` and begins one of its words."""
     start = said.find(written)
     while start >= 0:
         if _is_edge(said, start) and not said[start : start + 1].isspace():
-            here = start + len(written)
-            for end in range(here, min(len(said), here + _LONGEST_TOKEN) + 1):
-                texts = {said[here:end], as_said[here:end]}
-                may_end = end > start and _is_edge(said, end) and said[end - 1] not in b" ([{"
-                for tokens in (plain, closing) if may_end else (plain,):
-                    yield from itertools.chain(*(tokens.get(text, ()) for text in texts))
+            yield start
         start = said.find(written, start + 1)
 
 

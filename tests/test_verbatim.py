@@ -15,8 +15,8 @@ from fc_lightning.verbatim import narrowed, not_verbatim
 ANYTHING = torch.ones(PADDED_VOCAB_SIZE, dtype=torch.bool)
 
 
-def registry(**text: object) -> Registry:
-    properties = {"name": {"type": "string", "x-verbatim": True} | text, "note": {"type": "string"}}
+def registry() -> Registry:
+    properties = {"name": {"type": "string", "x-verbatim": True}, "note": {"type": "string"}}
     return registry_from_source(
         {"functions": [{"name": "find", "parameters": {"properties": properties}}]}, "here"
     )
@@ -87,6 +87,9 @@ def test_a_call_whose_text_was_not_said_is_told() -> None:
     assert not_verbatim(call, "find ZOË’S “mill”, quick", registry()) == []
     told = "name: 'Zoë\\'s \"Mill\"' is not in 'find the mill'"
     assert not_verbatim(call, "find the mill", registry()) == [told]
+    part_of_a_word = FunctionCall("find", {"name": "mill"})
+    assert not_verbatim(part_of_a_word, "find a million", registry()) != []
+    assert not_verbatim(part_of_a_word, "find a million, or a mill", registry()) == []
 
 
 def test_other_text_and_other_places_stay_free() -> None:

@@ -141,9 +141,11 @@ class CausalSelfAttention(nn.Module):
         """
         T, P = is_visible.size(0), is_visible.size(1) - is_visible.size(0)
         B, H, D = num_rows, self.n_head, x.size(1) // self.n_head
-        qkv = self.c_attn(x)  # one product for prefix and rows
-        first_q, first_k, first_v = qkv[:P].view(1, P, 3, H, D).permute(2, 0, 3, 1, 4)
-        row_q, row_k, row_v = qkv[P:].view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).split(H * D, dim=1)  # one product for prefix and rows
+        # Splits, not slices: their gradients are put together by copying each part once.
+        parts = [part.split([P, B * T]) for part in qkv]
+        first_q, first_k, first_v = (part[0].view(1, P, H, D).transpose(1, 2) for part in parts)
+        row_q, row_k, row_v = (part[1].view(B, T, H, D).transpose(1, 2) for part in parts)
         dropout = self.dropout if self.training else 0.0
         first_y = _attend(first_q, first_k, first_v, None, dropout)  # (1, H, P, D)
         key = torch.cat([first_k.expand(B, H, P, D), row_k], dim=2)  # (B, H, P + T, D)

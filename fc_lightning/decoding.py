@@ -11,7 +11,8 @@ Shapes: B batch, T tokens fed at once, K allowed ids, V vocabulary, C width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +24,6 @@ from fc_lightning.gpt import GPT, KVCache
 from fc_lightning.tokenizer import END_OF_TEXT
 
 _SPARE_POSITIONS = 32  # how far the cache grows at once
-# Not cuDNN's attention, which makes a plan for every new shape, as nearly every pass here has.
-_GPU_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Allow(Protocol):
@@ -95,7 +94,8 @@ class _Row:
     def extend(self, ids: Sequence[int], max_new_tokens: int) -> None:
         room = max_new_tokens - (len(self.ids) - self.num_prompt)
         self.ids += ids[:room]
-        is_over = self.allow.allowed is not None and not len(self.allow.allowed)
+        allowed = self.allow.allowed
+        is_over = allowed is not None and not allowed.numel()
         self.is_done = is_over or len(ids) >= room or self.ids[-1] == END_OF_TEXT
 
     def generation(self) -> Generation:
@@ -234,7 +234,7 @@ def _feed(model: GPT, rows: list[_Row], cache: KVCache) -> Tensor:
     ends = [len(row.ids) for row in rows]
     ids = [[row.ids[0]] * (T - end) + row.ids[-T:] for row, end in zip(rows, ends, strict=True)]
     positions = torch.tensor(ends)[:, None] + torch.arange(-T, 0)  # (B, T)
-    with sdpa_kernel(_GPU_ATTENTION) if device.type == "cuda" else contextlib.nullcontext():
+    with _without_cudnn_attention() if device.type == "cuda" else contextlib.nullcontext():
         states = model.hidden_states(
             torch.tensor(ids, device=device),
             positions=positions.clamp(min=0).to(device),
@@ -243,6 +243,35 @@ def _feed(model: GPT, rows: list[_Row], cache: KVCache) -> Tensor:
     for row, end in zip(rows, ends, strict=True):
         row.num_cached = end
     return states[:, -1]
+
+
+class _WithoutCudnnAttention:
+    """cuDNN makes a plan for every new shape of attention, as nearly every pass here has.
+
+    The switch is the whole process's: the last of several threads turns it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._num_threads = threading.Lock(), 0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            self._num_threads += 1
+            if self._num_threads == 1:
+                others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+                self._switch = sdpa_kernel([*others, SDPBackend.MATH])
+                self._switch.__enter__()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_threads -= 1
+                if not self._num_threads:
+                    self._switch.__exit__(None, None, None)
+
+
+_without_cudnn_attention = _WithoutCudnnAttention()
 
 
 def _fit(rows: list[_Row], cache: KVCache) -> tuple[list[_Row], KVCache]:

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fc_lightning.decoding import Anything, choose, generate, prefill
+from fc_lightning.decoding import (
+    Anything,
+    _without_cudnn_attention,
+    choose,
+    generate,
+    prefill,
+)
 from fc_lightning.gpt import GPT, GPTConfig
 from fc_lightning.tokenizer import END_OF_TEXT
 
@@ -208,6 +214,18 @@ def test_keys_and_values_have_the_precision_of_autocast() -> None:
         prefix = prefill(model, [5, 6])
         assert prefix.cache.entries.dtype == torch.bfloat16
         assert len(generate(model, PROMPTS, max_new_tokens=5, prefix=prefix)) == len(PROMPTS)
+
+
+def test_the_last_thread_turns_the_switch_of_attention_back() -> None:
+    """Threads may leave in the order they came in, unlike nested context managers."""
+    first, second = _without_cudnn_attention(), _without_cudnn_attention()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_no_prompts_give_no_responses() -> None:

@@ -177,14 +177,14 @@ def _table(timings: Sequence[TrainTiming], shape: str, device: torch.device) -> 
     where = torch.cuda.get_device_name(device) if on_gpu else threads
     dtype = torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
     peak = get_available_flops(device, dtype) if on_gpu else None
-    names = ["way", "rows", "steps", "ms/step", "examples/s", "times", "tokens/s", "TFLOP/s"]
+    names = ["way", "rows", "ms/step", "examples/s", "times", "tokens/s", "TFLOP/s"]
     if on_gpu:
         names += ["MFU", "GB"]
-    caption = "FLOPs that the rows need: no padding, no repeat, the shared prefix once a batch"
+    caption = "FLOPs that the rows need: no padding, the prefix once a batch"
     if not on_gpu:
         caption += (
-            f"\nreference: 1 row a step, one of its {NUM_REPEATS} equal micro-steps measured"
-            "\nMFU and memory: neither a CPU's peak nor its memory by way is known"
+            f"\nreference: one row, one of its {NUM_REPEATS} equal micro-steps measured"
+            "\nMFU and memory: not known on a CPU"
         )
     elif peak is None:
         caption += "\nMFU: the peak of this GPU is not known"
@@ -192,6 +192,7 @@ def _table(timings: Sequence[TrainTiming], shape: str, device: torch.device) -> 
         title=f"{shape}, {where}, torch {torch.__version__}, {str(dtype)[6:]}",
         caption=caption,
         box=SIMPLE_HEAD,
+        collapse_padding=True,  # eighty columns are enough
         pad_edge=False,
     )
     for name in names:
@@ -200,7 +201,6 @@ def _table(timings: Sequence[TrainTiming], shape: str, device: torch.device) -> 
         cells = [
             t.way,
             f"{t.batch_size}",
-            f"{t.num_steps}",
             _three_digits(t.step_ms),
             _three_digits(t.examples_per_s),
             _three_digits(t.examples_per_s / timings[0].examples_per_s),

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from training import example
 
 from fc_lightning.benchmark import SHAPES
-from fc_lightning.benchmark_train import benchmark_train
+from fc_lightning.benchmark_train import TrainTiming, _table, benchmark_train
 from fc_lightning.dataset import Row
 from fc_lightning.gpt import GPTConfig
 
@@ -37,8 +38,21 @@ def test_the_table_has_a_line_a_way_with_ratios_to_the_first(monkeypatch):
     ratio = ours.examples_per_s / reference.examples_per_s
     shown = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
     [line] = [line.split() for line in said.splitlines() if line.startswith(" ours")]
-    assert line[1:3] == ["4", "1"] and line[5] == shown
-    assert "…" not in said and "MFU and memory: neither" in said
+    assert line[1] == "4" and line[4] == shown
+    assert "…" not in said and "MFU and memory: not known" in said
+
+
+def test_a_gpu_s_table_fits_into_eighty_columns(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("fc_lightning.benchmark_train.computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("fc_lightning.benchmark_train.get_available_flops", lambda *_: 989e12)
+    timing = TrainTiming("reference", 512, 10, 1211.9, 5538.7, 729412, 296e12, 65_300_000_000)
+    console = Console(record=True, width=80)
+    console.print(_table([timing], "gpt2", torch.device("cuda")))
+    said = console.export_text()
+    assert "…" not in said
+    for cell in ("1,212", "5,539", "729,412", "296", "29.9%", "65.3"):
+        assert f" {cell} " in said
 
 
 def test_an_unknown_shape_is_refused():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -59,7 +60,9 @@ def fine_tune(
 
 def score(module: FunctionCallModule, data: FunctionCallDataModule, rows: list[Row]) -> dict:
     """Measures of constrained greedy answers, over complete and over incomplete requests."""
-    caller = FunctionCaller(module.gpt.to(module.device), data.registry)
+    # Where it was trained: Lightning leaves a trained module on the CPU.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    caller = FunctionCaller(module.gpt.to(device), data.registry)
     report = evaluate(caller, rows, console=Console(quiet=True)).constrained.as_json()
     kinds = ("num_examples", "call_match", "call_match_interval", "function_match")
     return {part: {k: report[part][k] for k in kinds} for part in ("complete", "incomplete")}

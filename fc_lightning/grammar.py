@@ -150,8 +150,7 @@ def _may_be_canonical(matcher: LLMatcher, ids: list[int], token: int, text_end: 
     matcher, ids = _consume(matcher.deep_copy(), [token]), [*ids, token]
     ahead = matcher.compute_ff_bytes()
     if matcher.is_stopped() or _is_settled(get_encoding().decode_bytes(ids), ahead):
-        # From the end of free text first, which is shorter.
-        return any(_is_start(ids[start:], ahead) for start in sorted({text_end, 0}, reverse=True))
+        return any(_is_start(ids[start:], ahead) for start in {0, text_end})
     choices = _mask(matcher).nonzero()[0]
     return len(choices) > _FEW or any(
         _may_be_canonical(matcher, ids, choice, text_end) for choice in choices.tolist()

@@ -25,11 +25,7 @@ from checkpoints import (
 )
 from safetensors.torch import load_file, save_file
 
-from fc_lightning.checkpoint import (
-    CheckpointError,
-    load_gpt,
-    load_registry_source,
-)
+from fc_lightning.checkpoint import CheckpointError, load_gpt, load_registry_source
 from fc_lightning.export import save_hf
 from fc_lightning.functions import load_registry, registry_from_source
 from fc_lightning.gpt import GPTConfig

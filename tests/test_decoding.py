@@ -10,13 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fc_lightning.decoding import (
-    Anything,
-    _without_cudnn_attention,
-    choose,
-    generate,
-    prefill,
-)
+from fc_lightning.decoding import Anything, _without_cudnn_attention, choose, generate, prefill
 from fc_lightning.gpt import GPT, GPTConfig
 from fc_lightning.tokenizer import END_OF_TEXT
 

@@ -16,11 +16,7 @@ from checkpoints import (
 )
 from safetensors.torch import load_file
 
-from fc_lightning.checkpoint import (
-    CheckpointError,
-    load_gpt,
-    load_registry_source,
-)
+from fc_lightning.checkpoint import CheckpointError, load_gpt, load_registry_source
 from fc_lightning.export import export, save_hf, save_nanogpt, save_packed
 from fc_lightning.gpt import GPT, GPTConfig
 

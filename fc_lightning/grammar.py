@@ -232,7 +232,8 @@ def _argument_rules(rule: str, spec: FunctionSpec, is_incomplete: bool) -> tuple
                 ways.append(f"{_literal(key)} {values[j]} {tail}")
             may_omit = is_incomplete and parameter.is_required
             if may_omit and (tail := rest(j + 1, False, False)):
-                ways.append(f"{_literal(key + _written(''))} {tail}")
+                # Not in one with the key: llguidance would read on there, and miss other texts.
+                ways.append(f"{_literal(key)} {_literal(_written(''))} {tail}")
             if parameter.is_required:
                 break
         if not ways:

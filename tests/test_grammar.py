@@ -1,5 +1,6 @@
 """The grammar against the training tokenisation, the schema, and what must be refused."""
 
+import itertools
 import json
 import random
 import re
@@ -11,7 +12,7 @@ import torch
 
 from fc_lightning.calls import FunctionCall, parse_call, render_call
 from fc_lightning.chat import encode_example, make_example
-from fc_lightning.functions import Registry, load_registry, registry_from_source
+from fc_lightning.functions import ParameterSpec, Registry, load_registry, registry_from_source
 from fc_lightning.grammar import Place, compile_grammar, max_response_tokens, number_pattern
 from fc_lightning.tokenizer import END_OF_TEXT, get_encoding
 
@@ -202,6 +203,28 @@ def test_an_incomplete_call_may_leave_out_any_but_not_none_of_its_required_argum
     assert accepts(first, name, gain="", is_on=False)
     assert not accepts(first, name, gain=1, is_on=False)
     assert not accepts(first, name, gain="")
+
+
+@pytest.mark.parametrize("registry", [VEHICLE, ODD], ids=["vehicle", "odd"])
+def test_any_of_the_required_arguments_may_be_left_open(registry: Registry) -> None:
+    first, rng = compile_grammar(registry), random.Random(0)
+    for spec in registry.functions:
+        required = [p for p in spec.parameters if p.is_required]
+        for left_open in itertools.product([False, True], repeat=len(required)):
+            if any(left_open):
+                arguments = {p.name: rng.choice(some_values(p)) for p in required}
+                open_names = itertools.compress([p.name for p in required], left_open)
+                arguments |= dict.fromkeys(open_names, "")
+                assert accepts(first, f"possibly_incomplete_{spec.name}", **arguments), arguments
+
+
+def some_values(parameter: ParameterSpec) -> list[object]:
+    if parameter.type == "array":
+        return [[parameter.enum[0]], list(parameter.enum)] if parameter.enum else [[]]
+    if parameter.enum:
+        return list(parameter.enum)
+    numbers = [parameter.minimum, parameter.maximum] if parameter.minimum is not None else [7]
+    return {"string": ["x", "it's", 'a "b"'], "boolean": [True, False]}.get(parameter.type, numbers)
 
 
 @pytest.mark.parametrize(("registry", "num_walks"), [(VEHICLE, 300), (ODD, 60)])

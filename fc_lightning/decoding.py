@@ -11,11 +11,13 @@ Shapes: B batch, T tokens fed at once, K allowed ids, V vocabulary, C width.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -139,7 +141,9 @@ def generate(
     if not prompts:
         return []
     _check_lengths(prompts, max_new_tokens, model.config.block_size)
-    num_shared = min(_num_shared(prompt, prefix) for prompt in prompts)
+    heads = [prefix.ids if prefix else (), *(prompt[:-1] for prompt in prompts)]
+    columns = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*heads, strict=False))
+    num_shared = len(list(columns))  # never a prompt's last token, whose state is asked for
     allows = allow if isinstance(allow, Sequence) else [allow or Anything()] * len(prompts)
     rows = [
         _Row(place, list(prompt), len(prompt), num_shared, allowing)
@@ -232,11 +236,12 @@ def _feed(model: GPT, rows: list[_Row], cache: KVCache) -> Tensor:
     device = cache.entries.device
     T = max(1, *(len(row.ids) - row.num_cached for row in rows if not row.is_done))
     ends = [len(row.ids) for row in rows]
-    ids = [[row.ids[0]] * (T - end) + row.ids[-T:] for row, end in zip(rows, ends, strict=True)]
+    fed = [[row.ids[0]] * (T - end) + row.ids[-T:] for row, end in zip(rows, ends, strict=True)]
+    ids = torch.from_numpy(np.array(fed))  # a quarter of the time that torch.tensor takes
     positions = torch.tensor(ends)[:, None] + torch.arange(-T, 0)  # (B, T)
     with _without_cudnn_attention() if device.type == "cuda" else contextlib.nullcontext():
         states = model.hidden_states(
-            torch.tensor(ids, device=device),
+            ids.to(device),
             positions=positions.clamp(min=0).to(device),
             cache=cache.first(_in_eights(max(ends))),
         )
@@ -290,13 +295,6 @@ def _fit(rows: list[_Row], cache: KVCache) -> tuple[list[_Row], KVCache]:
 def _in_eights(num_positions: int) -> int:
     """Rounded up: attention's kernels want masks whose rows are multiples of eight."""
     return -(-num_positions // 8) * 8
-
-
-def _num_shared(prompt: Sequence[int], prefix: Prefix | None) -> int:
-    """How many leading tokens of the prompt are the prefix's; its last token is always fed."""
-    known = prefix.ids if prefix is not None else ()
-    pairs = zip(prompt[:-1], known, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt) - 1, len(known)))
 
 
 def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, block_size: int) -> None:

@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,16 +52,24 @@ class Place:
         self.forced, self.allowed = _advance(matcher, ids, text_end)
         self.ids = [*ids, *self.forced]  # the response up to what is allowed
         self._matcher, self._text_end = matcher, text_end
+        self._is_text = self.allowed.dtype == torch.bool
+        # Texts in single quotes: how a response goes on does not depend on what stands in them.
+        self._is_single = self._is_text and _ends_with_single_quote(self.ids)
         self._next: dict[int, Place] = {}
+        self._after_text: dict[int, Place] = {}  # of all texts that begin here
 
     def after(self, token: int) -> Place:
         """The place that an allowed token leads to; remembered unless inside a free string."""
         if (place := self._next.get(token)) is None:
-            is_text, ids = self.allowed.dtype == torch.bool, [*self.ids, token]
+            ids = [*self.ids, token]
             matcher = _consume(self._matcher.deep_copy(), [token])
-            place = Place(matcher, ids, len(ids) if is_text else self._text_end)
-            if not is_text:
+            place = Place(matcher, ids, len(ids) if self._is_text else self._text_end)
+            is_over = self._is_single and b"'" in get_encoding().decode_single_token_bytes(token)
+            if is_over or not self._is_text:
                 self._next[token] = place
+            elif place._is_text:
+                place._is_single = self._is_single
+                place._next = place._after_text = self._after_text
         return place
 
 
@@ -145,12 +154,12 @@ def _may_be_canonical(matcher: LLMatcher, ids: list[int], token: int, text_end: 
     """Whether the training tokenisation of some response goes on with `token` after `ids`.
 
     Sure as soon as the bytes forced from there reach into the next word: tokens never span two.
-    A model may have cut free text in a way of its own, so what follows is also judged by itself.
+    A model may have cut free text in a way of its own, so what follows is judged by itself.
     """
     matcher, ids = _consume(matcher.deep_copy(), [token]), [*ids, token]
     ahead = matcher.compute_ff_bytes()
     if matcher.is_stopped() or _is_settled(get_encoding().decode_bytes(ids), ahead):
-        return any(_is_start(ids[start:], ahead) for start in {0, text_end})
+        return _is_start(ids[text_end:], ahead)
     choices = _mask(matcher).nonzero()[0]
     return len(choices) > _FEW or any(
         _may_be_canonical(matcher, ids, choice, text_end) for choice in choices.tolist()
@@ -173,6 +182,11 @@ def _is_settled(text: bytes, ahead: bytes) -> bool:
 
 def _kind(letter: str) -> str:
     return next((k for k in ("isalpha", "isnumeric", "isspace") if getattr(letter, k)()), "mark")
+
+
+def _ends_with_single_quote(ids: list[int]) -> bool:
+    """Not with one inside a text in double quotes."""
+    return re.search(rb"[^\"]'$", get_encoding().decode_bytes(ids[-2:])) is not None
 
 
 def _mask(matcher: LLMatcher) -> np.ndarray:

@@ -60,6 +60,11 @@ def response_ids(call: FunctionCall) -> list[int]:
     return encoded.ids[encoded.num_prompt_tokens :]
 
 
+def token_of(text: str) -> int:
+    (token,) = get_encoding().encode_ordinary(text)
+    return token
+
+
 def is_allowed(place: Place, token: int) -> bool:
     allowed = place.allowed
     return bool(allowed[token]) if allowed.dtype == torch.bool else token in allowed.tolist()
@@ -270,6 +275,37 @@ def test_places_are_shared_but_those_inside_free_text_are_not_remembered() -> No
         place = place.after(token)
     song = get_encoding().encode_ordinary("song")[0]
     assert place.after(song) is not place.after(song)
+
+
+def test_what_is_remembered_after_one_text_holds_after_any_other() -> None:
+    """A grammar that has met many texts, and one that has met none, offer the same."""
+    apart = [f"'{word} ' ' 'b" for word in ("a", "x" * 30)]  # with other rooms for letters left
+    texts = ["a", "x" * 30, *apart, "'' b", 'the "b"', """it's "'d" 'e'""", "ï, 'ü"]
+    watches = [
+        {"label": a, "mode": "it's", "names": [b, a]}
+        for a, b in itertools.pairwise([*texts, *texts[::-1]])
+    ]
+    calls = [(ODD, FunctionCall("stopwatch", arguments)) for arguments in watches]
+    for arguments in ({"label": "", "mode": "it's"}, {"label": "a", "mode": ""}):
+        calls.append((ODD, FunctionCall("possibly_incomplete_stopwatch", arguments)))
+    calls += [
+        (VEHICLE, FunctionCall("set_navigation_destination", {"destination": text}))
+        for text in texts
+    ]
+    have_met = {r.where: compile_grammar(r, max_text_tokens=96) for r in (ODD, VEHICLE)}
+    usual, unusual = ([token_of(' \\"'), token_of("'")], [token_of(" \\"), token_of("\"'")])
+    for (registry, call), is_usual in itertools.product(calls, [True, False, True, False]):
+        ids, at, met = response_ids(call), 0, have_met[registry.where]
+        for i in range(len(ids)):
+            if ids[i : i + 2] == usual and not is_usual:  # the model may cut as it likes
+                ids[i : i + 2] = unusual
+        fresh = compile_grammar(registry, max_text_tokens=96)
+        while fresh.allowed.numel():
+            assert met.forced == fresh.forced, call
+            assert torch.equal(met.allowed, fresh.allowed), call
+            at += len(fresh.forced)
+            met, fresh, at = met.after(ids[at]), fresh.after(ids[at]), at + 1
+        assert met.forced == fresh.forced and at + len(fresh.forced) == len(ids), call
 
 
 def test_free_text_cut_in_unusual_ways_still_ends_in_a_valid_call() -> None:

@@ -21,7 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from fc_lightning.calls import FunctionCall, parse_call, value_key
-from fc_lightning.chat import SYSTEM, decode_response, encode_command, render_response
+from fc_lightning.chat import (
+    SYSTEM,
+    decode_response,
+    encode_command,
+    harmless,
+    render_response,
+)
 from fc_lightning.checkpoint import load_gpt, load_registry_source
 from fc_lightning.decoding import Allow, generate, prefill
 from fc_lightning.functions import Registry, load_registry, registry_from_source
@@ -64,19 +70,25 @@ class Response:
 class _Copying:
     """A place of the grammar, where what is called verbatim is copied from one command."""
 
-    def __init__(self, place: Place, command: str, registry: Registry) -> None:
+    def __init__(
+        self, place: Place, command: str, registry: Registry, *, follows_text: bool = False
+    ) -> None:
         self._place, self._command, self._registry = place, command, registry
         self.forced = place.forced
+        # A letter may take several tokens, after the first of which few are allowed.
+        self._may_be_in_text = follows_text or place.allowed.dtype == torch.bool
 
     @functools.cached_property
     def allowed(self) -> Tensor:
-        allowed = self._place.allowed
-        if allowed.dtype != torch.bool:  # no free text
-            return allowed
-        return narrowed(allowed, self._place.ids, self._command, self._registry)
+        if not self._may_be_in_text:
+            return self._place.allowed
+        place = self._place
+        return narrowed(place.allowed, place.ids, self._command, self._registry)
 
     def after(self, token: int) -> _Copying:
-        return _Copying(self._place.after(token), self._command, self._registry)
+        place = self._place.after(token)
+        follows_text = self._may_be_in_text
+        return _Copying(place, self._command, self._registry, follows_text=follows_text)
 
 
 class FunctionCaller:
@@ -206,7 +218,7 @@ class FunctionCaller:
 
     def _first_place(self, command: str) -> Allow:
         if self._has_verbatim:
-            return _Copying(self._grammar, command, self.registry)
+            return _Copying(self._grammar, harmless(command), self.registry)
         return self._grammar
 
     def execute(self, text: str, handlers: Mapping[str, Callable[..., Any]]) -> Any:

@@ -87,18 +87,27 @@ def encode_prompt(system: str, user: str) -> list[int]:
 def encode_command(command: str, *, system: str = SYSTEM) -> list[int]:
     """Token ids of the prompt for what a person said, safe against forged markers.
 
-    Whatever could be mistaken for the prompt's own structure is made harmless: `<|` is split, line
-    breaks and control characters become spaces.
-
     Raises:
         ValueError: nothing was said.
     """
-    if all(unicodedata.category(letter)[0] in "CZ" for letter in command):  # nothing to be seen
+    if is_empty(command):
         raise ValueError("the command is empty; say what should be done")
-    harmless = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", command)
-    harmless = harmless.replace("<|", "< |").replace("|>", "| >")
-    harmless = harmless.replace("<functioncall>", "< functioncall >")
-    return encode_prompt(system, f"{_USER_START}{harmless}{_USER_END}")
+    return encode_prompt(system, f"{_USER_START}{harmless(command)}{_USER_END}")
+
+
+def is_empty(command: str) -> bool:
+    """Whether there is nothing to be seen."""
+    return all(unicodedata.category(letter)[0] in "CZ" for letter in command)
+
+
+def harmless(command: str) -> str:
+    """A command without what could be mistaken for the prompt's own structure.
+
+    `<|` is split, line breaks and control characters become spaces.
+    """
+    command = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", command)
+    command = command.replace("<|", "< |").replace("|>", "| >")
+    return command.replace("<functioncall>", "< functioncall >")
 
 
 def decode_response(ids: Sequence[int]) -> str:

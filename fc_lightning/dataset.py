@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fc_lightning.calls import FunctionCall, UnreadableCall, parse_call
-from fc_lightning.chat import Example, encode_example
+from fc_lightning.chat import Example, encode_example, is_empty
 from fc_lightning.functions import Registry
 from fc_lightning.tokenizer import PAD
 
@@ -104,7 +104,7 @@ def read_example(entry: object, where: str) -> Example:
     """The example that an entry of a file is; `where` opens the message if it is none.
 
     Raises:
-        DataError: other keys than the three strings, or an empty response.
+        DataError: other keys than the three strings, or an empty command or response.
     """
     keys = {"system", "user", "assistant"}
     if not isinstance(entry, dict) or entry.keys() != keys:
@@ -114,6 +114,8 @@ def read_example(entry: object, where: str) -> Example:
         if not isinstance(entry[key], str):
             raise DataError(f"{where}: {key!r} must be a string, not {entry[key]!r:.40}")
     example = Example(**entry)
+    if is_empty(example.command):
+        raise DataError(f"{where}: the command is empty; remove the row or write what was said")
     if not example.response.strip():
         raise DataError(f"{where}: the response is empty; remove the row or write its call")
     return example

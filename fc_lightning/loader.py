@@ -206,6 +206,8 @@ class BatchLoader:
         return state["num_yielded"]
 
     def state_dict(self) -> dict[str, Any]:
+        if self._resumed is not None:  # no batch was asked for since
+            return self._resumed
         return {
             "epoch": self._epoch,
             "num_yielded": self._num_yielded,

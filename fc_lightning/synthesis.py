@@ -8,13 +8,14 @@ What a template says, and how a call is written, is decided elsewhere.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 from fc_lightning.calls import INCOMPLETE_PREFIX, FunctionCall
 from fc_lightning.chat import Example, make_example
-from fc_lightning.functions import ParameterSpec, Registry, RegistryError
+from fc_lightning.functions import ParameterSpec, Registry, RegistryError, Scalar
 from fc_lightning.sentences import (
     NUMBER,
     WORDS,
@@ -56,8 +57,8 @@ def synthesize(
 ) -> SyntheticData:
     """Draw `num_examples` different commands, a tenth of them test; the same for the same seed.
 
-    No two examples have the same command (letters and digits compared, case folded), each call
-    satisfies its schema, and its arguments are in canonical order.
+    No two examples have the same command by `command_key`, each call satisfies its schema, and its
+    arguments are in canonical order.
 
     Raises:
         RegistryError: a template that can't be used, or sentences that are missing.
@@ -109,14 +110,17 @@ def write_data_folder(
 
 NOT_SAID = "(not said)"
 ANY_TEXT = "(any text)"
+ANY_NUMBER = "(any number)"
+_MAX_INTEGERS = 1_000  # of one argument, so that each is counted by itself
 
 
 def coverage(registry: Registry, calls: Iterable[FunctionCall]) -> dict[tuple[str, str, str], int]:
     """How often each (function, argument, value) occurs; what could occur but doesn't counts 0.
 
-    Integers within bounds are values of their own. An array counts its elements, and the number of
-    elements as "2 of 4". Optional arguments also count NOT_SAID; free text is ANY_TEXT; an
-    incomplete call counts under its own name, with '' for what is missing.
+    Up to 1,000 integers within bounds are values of their own, others ANY_NUMBER; free text is
+    ANY_TEXT. An array counts its elements, and of an enum their number as "2 of 4". Optional
+    arguments also count NOT_SAID; an incomplete call counts under its own name, with '' for what is
+    missing.
     """
     counts = Counter({row: 0 for row in _possible_rows(registry)})
     for call in calls:
@@ -159,13 +163,8 @@ def _possible_rows(registry: Registry) -> list[tuple[str, str, str]]:
 
 
 def _possible_labels(parameter: ParameterSpec) -> list[str]:
-    labels = [str(choice) for choice in parameter.enum]
-    if parameter.type == "boolean":
-        labels = ["False", "True"]
-    elif not labels and parameter.minimum is not None and parameter.maximum is not None:
-        labels = [str(n) for n in range(int(parameter.minimum), int(parameter.maximum) + 1)]
-    elif not labels:
-        labels = [ANY_TEXT]
+    labels = [_label(parameter, value) for value in _few_values(parameter)]
+    labels = labels or [_label(parameter, None)]
     if parameter.type == "array" and parameter.enum:
         labels += [f"{n} of {len(parameter.enum)}" for n in range(1, len(parameter.enum) + 1)]
     return labels if parameter.is_required else [*labels, NOT_SAID]
@@ -174,12 +173,29 @@ def _possible_labels(parameter: ParameterSpec) -> list[str]:
 def _labels(parameter: ParameterSpec, value: Any) -> list[str]:
     if value is None:
         return [NOT_SAID]
+    if not isinstance(value, list):
+        return [_label(parameter, value)]
+    sizes = [f"{len(value)} of {len(parameter.enum)}"] if parameter.enum else []
+    return [*(_label(parameter, item) for item in value), *sizes]
+
+
+def _label(parameter: ParameterSpec, value: Any) -> str:
+    """What a scalar, or one element of an array, is counted as."""
     if value == "":
-        return ["''"]
-    if isinstance(value, list):
-        return [*map(str, value), f"{len(value)} of {len(parameter.enum)}"]
-    is_free = parameter.type == "string" and not parameter.enum
-    return [ANY_TEXT if is_free else str(value)]
+        return "''"
+    if _few_values(parameter):
+        return str(parameter.canonical(value))
+    return ANY_TEXT if "string" in (parameter.type, parameter.item_type) else ANY_NUMBER
+
+
+def _few_values(parameter: ParameterSpec) -> Sequence[Scalar]:
+    """The values of a scalar, or of an element, that are counted one by one; empty if too many."""
+    kind, low, high = parameter.item_type or parameter.type, parameter.minimum, parameter.maximum
+    if parameter.enum or kind == "boolean":
+        return parameter.enum or (False, True)
+    if kind == "string" or low is None or high is None or not high - low < _MAX_INTEGERS:
+        return ()
+    return range(math.ceil(low), math.floor(high) + 1)
 
 
 # ---------------------------------------------------------------- drawing
@@ -267,10 +283,10 @@ class _Drawer:
             except NothingLeft:
                 continue
             command = _as_typed(draft, self.rng)
-            letters = _letters(command)
-            if letters and letters not in self.drawn:
+            key = command_key(command)
+            if key and key not in self.drawn:
                 call = self._call(group, template, draft.arguments)
-                self.drawn.add(letters)
+                self.drawn.add(key)
                 return make_example(command, call)
         return None
 
@@ -311,22 +327,27 @@ _TYPO_SHARE = 0.02
 _CURLY_SHARE = 0.06
 _NO_STOP_SHARE = 0.2
 _APOSTROPHE = re.compile(r"(?<=\w)'(?=\w)")
-_PUNCTUATION = re.compile(r"""[.,?!;:()"“”]|(?<!\w)'|'(?!\w)""")
+_STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+# Not between digits, and no decimal point; \0 is where two pieces meet.
+_PUNCTUATION = re.compile(
+    r"""(?<!\d)(?<!\d\0)[,?!;:()"“”]|[,?!;:()"“”](?!\0?\d)|\.(?!\0?\d)|(?<!\w)'|'(?!\w)"""
+)
 
 
 def _as_typed(draft: Draft, rng: Random) -> str:
     """Put the draft's pieces on paper, in one of several hands, and fill in its free arguments.
 
-    A free argument's value is what stands on paper: lower case, with a straight apostrophe.
+    A free argument's value is what stands on paper: lower case, with straight quotes.
     """
     pieces, hand = draft.pieces, rng.random()
     if hand < _SPOKEN_SHARE:
-        pieces = [(_PUNCTUATION.sub("", t.replace("&", "and").lower()), kind) for t, kind in pieces]
+        pieces = _as_spoken(pieces)
     elif hand < _SPOKEN_SHARE + _CASUAL_SHARE:
         pieces = [(text.lower(), kind) for text, kind in pieces]
     for text, kind in pieces:
         if kind not in (WORDS, NUMBER):
-            draft.arguments[kind] = _one_line(text).lower().rstrip(".?!, ")
+            said = _one_line(text).lower().translate(_STRAIGHT)
+            draft.arguments[kind] = said.rstrip(".?!, ") or said
     if rng.random() < _TYPO_SHARE:
         pieces = _with_typo(pieces, rng)
     command = _one_line("".join(text for text, _ in pieces))
@@ -335,6 +356,16 @@ def _as_typed(draft: Draft, rng: Random) -> str:
         if command[-1:] not in "?!." and rng.random() >= _NO_STOP_SHARE:
             command += "."
     return _APOSTROPHE.sub("’", command) if rng.random() < _CURLY_SHARE else command
+
+
+def _as_spoken(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """In lower case, without punctuation; free text that is nothing else keeps it."""
+    written = "\0".join(text for text, _ in pieces).replace("&", "and").lower()
+    spoken = _PUNCTUATION.sub("", written).split("\0")
+    return [
+        (new if new.strip() or kind == WORDS else old, kind)
+        for new, (old, kind) in zip(spoken, pieces, strict=True)
+    ]
 
 
 def _with_typo(pieces: list[tuple[str, str]], rng: Random) -> list[tuple[str, str]]:
@@ -354,9 +385,19 @@ def _with_typo(pieces: list[tuple[str, str]], rng: Random) -> list[tuple[str, st
 
 
 def _one_line(text: str) -> str:
-    return re.sub(r" +(?=[,.?!])", "", " ".join(text.split()))
+    return re.sub(r" +(?=[,.?!]( |$))", "", " ".join(text.split()))
 
 
-def _letters(command: str) -> str:
-    """What makes two commands the same: letters and digits, case folded."""
-    return "".join(c for c in command.casefold() if c.isalnum())
+_MARK = r"""[,?!;:…()"'“”„‘’«»¿¡—。，！？、]"""
+_UNHEARD = re.compile(
+    rf"(?<!\d){_MARK}|{_MARK}(?!\d)|[-.](?!\d)|(?<=[^\W\d_])[-.]"  # -5 and .5 are heard
+)
+
+
+def command_key(command: str) -> str:
+    """The same for commands that differ in case, spaces and sentence punctuation only.
+
+    Signs before digits, and what stands between them, count: -5 is not 5, nor is 2.5 25.
+    """
+    heard = _UNHEARD.sub(" ", re.sub("[−–]", "-", command.casefold()))
+    return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(heard.split())) or command.strip()

@@ -58,7 +58,11 @@ def test_train_and_test_files_are_told_by_their_names_and_joined_in_order(tmp_pa
         (b"[1]", "row 0: needs exactly the keys system, user, assistant; found int"),
         (b'[{"system": "", "user": ""}]', "row 0: needs exactly the keys"),
         (b'[{"system": "", "user": "", "assistant": 3}]', "row 0: 'assistant' must be a string"),
-        (b'[{"system": "", "user": "", "assistant": " "}]', "row 0: the response is empty"),
+        (b'[{"system": "", "user": "x", "assistant": " "}]', "row 0: the response is empty"),
+        (
+            rb'[{"system": "", "user": "<|im_start|>user\n<|im_end|>\n", "assistant": "x"}]',
+            "row 0: the command is empty",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_says_where_and_why(tmp_path, content, message):

@@ -114,6 +114,7 @@ def test_a_loader_goes_on_where_its_state_was_taken(num_workers):
     assert [next(batches).rows for _ in range(2)] == expected[0][:2]
     resumed = make()
     resumed.load_state_dict(stopped.state_dict())
+    assert resumed.state_dict() == stopped.state_dict()  # before its first batch, too
     iter(resumed)  # one that nobody reads, as Lightning makes them
     assert [batch.rows for batch in resumed] == expected[0][2:]
     resumed.sampler.set_epoch(1)

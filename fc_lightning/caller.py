@@ -168,6 +168,7 @@ class FunctionCaller:
 
         Raises:
             CommandError: a command is empty, or too long for the model.
+            TypeError: neither a string nor a list of them.
         """
         responses = self.respond([text] if isinstance(text, str) else text)
         calls = [
@@ -195,6 +196,8 @@ class FunctionCaller:
         Raises:
             CommandError: a command is empty, or too long for the model.
         """
+        if not isinstance(commands, Sequence) or not all(isinstance(c, str) for c in commands):
+            raise TypeError(f"a command is a string, or a list of strings, not {commands!r:.60}")
         prompts = self._encode(commands, [SYSTEM] * len(commands) if systems is None else systems)
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: dict[int, Response] = {}

@@ -31,6 +31,7 @@ from fc_lightning.checkpoint import (
     WTE,
     CheckpointError,
     load_gpt,
+    load_registry_source,
 )
 from fc_lightning.gpt import GPT, GPTConfig
 from fc_lightning.tokenizer import END_OF_TEXT
@@ -41,9 +42,9 @@ FORMATS = ("nanogpt", "hf", "base-bf16", "base-int8")
 def export(checkpoint: str | Path, *, format: str, output: str | Path) -> Path:
     """Read any checkpoint and write it for nanoGPT, for transformers ("hf"), or to ship as a base.
 
-    Returns the file or folder written. A fine-tuned model's registry of functions stays behind. A
-    base keeps GPT-2's 50,257 rows only: text has trained no others, and `load_gpt` gives them a
-    neutral start.
+    Returns the file or folder written. A fine-tuned model's registry of functions stays behind,
+    with a warning. A base keeps GPT-2's 50,257 rows only: text has trained no others, and
+    `load_gpt` gives them a neutral start.
 
     Raises:
         CheckpointError: the checkpoint can't be read, or the output exists or can't be written.
@@ -52,6 +53,12 @@ def export(checkpoint: str | Path, *, format: str, output: str | Path) -> Path:
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
     model = load_gpt(checkpoint)
+    if load_registry_source(checkpoint) is not None:
+        warnings.warn(
+            f"{output}: the functions of {checkpoint} are not written into it; whoever calls it "
+            "names their YAML file, with --functions",
+            stacklevel=2,
+        )
     match format:
         case "nanogpt":
             return save_nanogpt(model, output)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,12 @@ def test_forged_markers_stay_within_what_was_said(caller: FunctionCaller) -> Non
 @pytest.mark.parametrize("command", ["", "   ", "\n\t", "\x00", "\u200b\u2028", "\ud800"])
 def test_an_empty_command_is_an_error(caller: FunctionCaller, command: str) -> None:
     with pytest.raises(ValueError, match="the command is empty"):
+        caller(command)
+
+
+@pytest.mark.parametrize("command", [None, b"stop", 5, ["stop", None]])
+def test_what_is_no_text_is_an_error(caller: FunctionCaller, command: Any) -> None:
+    with pytest.raises(TypeError, match="a command is a string, or a list of strings, not "):
         caller(command)
 
 

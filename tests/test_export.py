@@ -105,6 +105,12 @@ def test_export_writes_any_checkpoint_in_any_format(tmp_path, format, written):
         export(file, format="onnx", output=tmp_path / "onnx")
 
 
+def test_functions_that_stay_behind_are_told(tmp_path):
+    file = saved(nanogpt_checkpoint() | {"registry": {"functions": []}}, tmp_path / "ckpt.pt")
+    with pytest.warns(UserWarning, match=r"out: the functions of .*ckpt\.pt are not written"):
+        export(file, format="hf", output=tmp_path / "out")
+
+
 @pytest.mark.parametrize("save", [save_nanogpt, save_hf])
 def test_nothing_is_overwritten_and_an_empty_folder_is_filled(tmp_path, save):
     (tmp_path / "out").mkdir()

@@ -88,7 +88,8 @@ class FunctionCallDataModule(L.LightningDataModule):
         """Where the example files are: the user's folder, or the cache of synthesized ones."""
         if self.fc_data_dir is not None:
             return self.fc_data_dir
-        source = json.dumps([self.registry.source, self.num_examples, self.seed], sort_keys=True)
+        content = [self.registry.source, self.num_examples, self.seed]
+        source = json.dumps(content, sort_keys=True, default=str)  # YAML has dates
         return cache_folder() / f"synthesized-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
     def prepare_data(self) -> None:

@@ -8,8 +8,10 @@ written and compared is calls.py's business. No tokens, no prompt, no torch.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -205,6 +207,7 @@ def registry_from_source(source: Mapping[str, Any], where: str | Path) -> Regist
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         source = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
+        odd_key = next(_odd_keys(source), None)
     except OSError as error:
         raise RegistryError(f"{path}: can't be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -213,7 +216,17 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise RegistryError(
             f"{path}: must be a mapping with 'functions', not a {type(source).__name__}"
         )
+    if odd_key is not None:
+        raise RegistryError(f"{path}: key {odd_key} must be a string (put quotes around it)")
     return source
+
+
+def _odd_keys(node: Any, at: str = "") -> Iterator[str]:
+    """Where mappings have keys that are no strings: in YAML 1.1, a bare `on` is a boolean."""
+    entries = node.items() if isinstance(node, dict) else ()
+    yield from (f"{at}{key}" for key, _ in entries if not isinstance(key, str))
+    for key, value in enumerate(node) if isinstance(node, list) else entries:
+        yield from _odd_keys(value, f"{at}{key}.")
 
 
 def _with_tools(source: dict[str, Any], tools_path: Path, where: Path) -> dict[str, Any]:
@@ -247,6 +260,8 @@ def _function_spec(entry: Any, where: str | Path) -> FunctionSpec:
     schema = entry.get("parameters") or {}
     try:
         properties, required = schema.get("properties") or {}, schema.get("required") or []
+        if not isinstance(required, list):
+            raise RegistryError(f"required must be a list, not {required!r}")
         if unknown := [r for r in required if r not in properties]:
             raise RegistryError(f"required argument {unknown[0]!r} is not among its properties")
         parameters = tuple(_parameter_spec(n, s, n in required) for n, s in properties.items())
@@ -261,7 +276,7 @@ def _function_spec(entry: Any, where: str | Path) -> FunctionSpec:
 
 def _parameter_spec(name: str, schema: Mapping[str, Any], is_required: bool) -> ParameterSpec:
     kind = schema.get("type", "string" if "enum" in schema else None)
-    if kind not in _PYTHON_TYPES:
+    if kind not in [*_PYTHON_TYPES]:  # it may be a list
         raise RegistryError(f"argument {name!r} has type {kind!r}; use {', '.join(_PYTHON_TYPES)}")
     items = schema.get("items") or {} if kind == "array" else schema
     item_type = str(items.get("type", "string")) if kind == "array" else ""
@@ -272,32 +287,57 @@ def _parameter_spec(name: str, schema: Mapping[str, Any], is_required: bool) -> 
     enum = items.get("enum") or []
     if not isinstance(enum, list):
         raise RegistryError(f"argument {name!r}: enum must be a list, not {enum!r}")
-    # YAML 1.1 reads a bare on, off, yes or no as a boolean: the commonest slip in such files.
-    if wrong := [v for v in enum if not _has_type(v, item_type or kind)]:
-        raise RegistryError(
-            f"argument {name!r}: enum value {wrong[0]!r} is no {item_type or kind}"
-            " (put quotes around on, off, yes and no)"
-        )
-    bounds = {bound: items.get(bound) for bound in ("minimum", "maximum")}
-    for bound, value in bounds.items():
-        if value is not None and not _has_type(value, "number"):
-            raise RegistryError(f"argument {name!r}: {bound} {value!r} is no number")
-    is_verbatim = schema.get("x-verbatim", False)
-    if not isinstance(is_verbatim, bool) or (is_verbatim and (kind != "string" or enum)):
-        raise RegistryError(f"argument {name!r}: x-verbatim: true is for strings without enum only")
-    return ParameterSpec(
+    parameter = ParameterSpec(
         name,
         kind,
         str(schema.get("description", "")),
         tuple(enum),
         item_type,
-        is_required=is_required,
-        is_verbatim=is_verbatim,
-        **bounds,
+        items.get("minimum"),
+        items.get("maximum"),
+        is_required,
+        schema.get("x-verbatim", False),
     )
+    if problem := next(_problems(parameter, schema), None):
+        raise RegistryError(f"argument {name!r}: {problem}")
+    return parameter
+
+
+def _problems(parameter: ParameterSpec, schema: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with an argument's enum, bounds and x-verbatim; later ones need the earlier."""
+    kind, enum = parameter.item_type or parameter.type, parameter.enum
+    low, high = parameter.minimum, parameter.maximum
+    if parameter.type == "array" and (outside := schema.keys() & {"enum", "minimum", "maximum"}):
+        yield f"{min(outside)} of an array must stand in its items; move it there"
+    for bound, value in (("minimum", low), ("maximum", high)):
+        if value is not None and not _has_type(value, "number"):
+            yield f"{bound} {value!r} is no number; give one or leave it out"
+        if value is not None and kind not in ("integer", "number"):
+            yield f"{bound} is for numbers, not for a {kind}; leave it out"
+    if low is not None and high is not None and low > high:
+        yield f"minimum {low!r} is above maximum {high!r}; change one"
+    counts = Counter(map(value_key, enum))
+    for choice in enum:
+        # YAML 1.1 reads a bare on, off, yes or no as a boolean: the commonest slip in such files.
+        if not _has_type(choice, kind):
+            yield f"enum value {choice!r} is no {kind} (put quotes around on, off, yes and no)"
+        if choice == "":
+            yield "enum value '' would mean that nothing was said; leave it out"
+        if counts[value_key(choice)] > 1:
+            yield f"enum value {choice!r} equals another (case and spaces don't count); drop one"
+        if parameter.item_violation(choice):
+            yield f"enum value {choice!r} is outside minimum and maximum"
+    if not isinstance(parameter.is_verbatim, bool) or (
+        parameter.is_verbatim and (parameter.type != "string" or enum)
+    ):
+        yield "x-verbatim: true is for strings without enum only"
+    if parameter.is_verbatim and set(parameter.name) & set("'\"\\"):
+        yield "x-verbatim: true needs a name without quotes and backslashes"
 
 
 def _has_type(value: Any, kind: str) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     if kind == "integer" and isinstance(value, float):
         return value.is_integer()
     return isinstance(value, _PYTHON_TYPES[kind]) and (kind == "boolean") == isinstance(value, bool)

@@ -293,7 +293,8 @@ def _scalar(parameter: ParameterSpec, kind: str) -> str:
     pattern = number_pattern(parameter.minimum, parameter.maximum, is_integer=kind == "integer")
     if not pattern:
         raise ValueError(
-            f"{parameter.name}: no {kind} lies between {parameter.minimum} and {parameter.maximum}"
+            f"{parameter.name}: no {kind} lies between {parameter.minimum} and {parameter.maximum} "
+            "that has at most two decimals, and nine digits where a bound is missing"
         )
     return f"/{pattern}/"
 

@@ -15,15 +15,16 @@ fills `area`; repeated slots of an array add to it, never the same element twice
 `values` (a text, or `in` with `out` and `weight`), or a `range: {from, to}`, whose numbers are said
 in turn as digits or words, or `invented_names: {from, to}`: names of so many words, never heard
 before, from which a model learns to copy what it is told. Where a value has no `out` and the
-argument is a string without an enum, what was said is the value; `wildcard: true` tells other
-readers of the file that anything may be said there. A slot that is no argument is plain words.
-`expansion_rules` are phrases shared as `<name>`, a text or a list of alternatives; `carriers` are
-ways to ask for an order, such as "could you {request}?". Which sentences are drawn, and how they
-are typed, is synthesis.py's.
+argument is a string without an enum, or an array of such, what was said is the value;
+`wildcard: true` tells other readers of the file that anything may be said there. A slot that is no
+argument is plain words. `expansion_rules` are phrases shared as `<name>`, a text or a list of
+alternatives; `carriers` are ways to ask for an order, such as "could you {request}?". Which
+sentences are drawn, and how they are typed, is synthesis.py's.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect
 from collections.abc import Callable, Mapping
@@ -129,7 +130,7 @@ def compile_carriers(registry: Registry) -> list[Carrier]:
     """The file's ways to ask for an order; without any, an order stands alone."""
     compiler, carriers = _Compiler(registry, FunctionSpec("carriers", "", ())), []
     for entry in registry.source.get("carriers") or ["{request}"]:
-        text, weight = _text_and_weight(entry, "says")
+        text, weight = _text_and_weight(entry, "says", f"{registry.where}: carriers")
         before, request, after = str(text).partition("{request}")
         if not request:
             raise RegistryError(f"{registry.where}: carrier {text!r} needs {{request}} in it")
@@ -144,6 +145,9 @@ def _compile_group(compiler: _Compiler, entry: Any, seen: set[str]) -> SentenceG
     known = {"weight", "arguments", "incomplete", "orders", "phrases"}
     if not isinstance(entry, dict) or not entry.keys() <= known:
         raise RegistryError(f"{at}: a group of sentences has {', '.join(sorted(known))} only")
+    for key, kind in (("arguments", dict), ("orders", list), ("phrases", list)):
+        if not isinstance(entry.get(key) or kind(), kind):
+            raise RegistryError(f"{at}: {key} of a group must be a {kind.__name__}")
     arguments = entry.get("arguments") or {}
     for name, value in arguments.items():
         parameter = spec.by_name.get(name)
@@ -161,13 +165,20 @@ def _compile_group(compiler: _Compiler, entry: Any, seen: set[str]) -> SentenceG
         if template.text in seen:
             raise RegistryError(f"{at}: template {template.text!r} stands there twice; drop one")
         seen.add(template.text)
-    weight, is_incomplete = float(entry.get("weight", 1)), bool(entry.get("incomplete", False))
-    return SentenceGroup(spec, arguments, is_incomplete, weight, templates)
+    is_incomplete = bool(entry.get("incomplete", False))
+    return SentenceGroup(spec, arguments, is_incomplete, _weight(entry, at), templates)
 
 
-def _text_and_weight(entry: Any, key: str) -> tuple[Any, float]:
+def _text_and_weight(entry: Any, key: str, at: str) -> tuple[Any, float]:
     entry = entry if isinstance(entry, dict) else {key: entry}
-    return entry.get(key), float(entry.get("weight", 1))
+    return entry.get(key), _weight(entry, at)
+
+
+def _weight(entry: Mapping[str, Any], at: str) -> float:
+    weight = entry.get("weight", 1)
+    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise RegistryError(f"{at}: weight {weight!r} must be a number above 0")
+    return float(weight)
 
 
 # ---------------------------------------------------------------- templates to sayings
@@ -268,35 +279,39 @@ class _Compiler:
             return self._say_range(name, entry["range"], parameter)
         if "invented_names" in entry:
             say_name = _say_invented_name(self._numbers(name, entry["invented_names"]))
-            is_argument = parameter is not None and parameter.type == "string"
-            return (
-                _say_free_text([_ListValue(say_name, None, 1)], name) if is_argument else say_name
-            )
-        values = [self._list_value(name, value, parameter) for value in entry["values"]]
-        if parameter is None:
-            return _say_value(values, "")
-        if parameter.type == "array":
+            if parameter is None:
+                return say_name
+            if not _is_free(parameter):
+                raise self._error(f"list {{{name}}}: {argument} takes no invented names")
+            values = [_ListValue(say_name, None, 1)]
+        elif not isinstance(entry["values"], list):
+            raise self._error(f"list {{{name}}}: values must be a list, not {entry['values']!r}")
+        else:
+            values = [self._list_value(name, value, parameter) for value in entry["values"]]
+        if parameter is not None and parameter.type == "array":
             return _say_element(values, argument)
-        is_free = all(value.out is None for value in values)
-        return _say_free_text(values, argument) if is_free else _say_value(values, argument)
+        return _say_value(values, argument if parameter else "")
 
     def _list_value(self, name: str, value: Any, parameter: ParameterSpec | None) -> _ListValue:
-        text, weight = _text_and_weight(value, "in")
+        text, weight = _text_and_weight(value, "in", f"{self.registry.where}: list {{{name}}}")
         say = self._compile_text(text)
-        if parameter is None:
-            return _ListValue(say, None, weight)
         out = value.get("out") if isinstance(value, dict) else None
-        if out is None and (parameter.enum or parameter.type != "string"):
-            out = text
+        if parameter is None or (out is None and _is_free(parameter)):
+            return _ListValue(say, None, weight)
+        out = text if out is None else out
         items = out if isinstance(out, list) else [out]
-        problems = (parameter.item_violation(item) for item in items if item is not None)
+        problems = map(parameter.item_violation, items)
         if problem := next(filter(None, problems), None):
             raise self._error(f"list {{{name}}}: {problem}; give the value as 'out'")
         return _ListValue(say, items if parameter.type == "array" else out, weight)
 
     def _say_range(self, name: str, bounds: Any, parameter: ParameterSpec | None) -> Say:
         numbers = self._numbers(name, bounds)
-        words = _number_words(numbers, str(self.registry.source.get("language", "en")))
+        language = self.registry.source.get("language", "en")
+        try:
+            words = _number_words(numbers, str(language))
+        except ValueError:
+            raise self._error(f"language {language!r} is unknown; use one such as en") from None
         ends = (numbers[0], numbers[-1])
         problems = (parameter.violation(end) for end in ends if parameter)
         if problem := next(filter(None, problems), None):
@@ -307,9 +322,14 @@ class _Compiler:
         try:
             numbers = range(bounds["from"], bounds["to"] + 1, bounds.get("step", 1))
             _ = numbers[0]
-        except (TypeError, KeyError, IndexError):
+        except (TypeError, KeyError, IndexError, ValueError):
             raise self._error(f"list {{{name}}}: needs whole numbers 'from' and 'to'") from None
         return numbers
+
+
+def _is_free(parameter: ParameterSpec) -> bool:
+    """Whether any text may be its value, or an element of it."""
+    return not parameter.enum and "string" in (parameter.type, parameter.item_type)
 
 
 @lru_cache(maxsize=64)
@@ -367,24 +387,22 @@ def _say_value(values: list[_ListValue], argument: str) -> Say:
     weights = list(accumulate(value.weight for value in values))
 
     def say(draft: Draft, rng: Random) -> None:
+        start = len(draft.pieces)
         value = values[bisect(weights, rng.random() * weights[-1])]
         value.say(draft, rng)
-        if argument:
+        if argument and value.out is None:
+            _merge(draft, start, argument)
+        elif argument:
             draft.arguments[argument] = value.out
 
     return say
 
 
-def _say_free_text(values: list[_ListValue], argument: str) -> Say:
-    say_any = _say_value(values, "")
-
-    def say(draft: Draft, rng: Random) -> None:
-        start = len(draft.pieces)
-        say_any(draft, rng)
-        text = "".join(piece for piece, _ in draft.pieces[start:])
-        draft.pieces[start:] = [(text, argument)]
-
-    return say
+def _merge(draft: Draft, start: int, kind: str) -> str:
+    """Make one piece of those from `start` on; its text."""
+    text = "".join(piece for piece, _ in draft.pieces[start:])
+    draft.pieces[start:] = [(text, kind)]
+    return text
 
 
 @lru_cache
@@ -412,12 +430,19 @@ def _say_invented_name(num_words: range) -> Say:
 
 def _say_element(values: list[_ListValue], argument: str) -> Say:
     def say(draft: Draft, rng: Random) -> None:
-        filled = draft.arguments.setdefault(argument, [])
-        left = [value for value in values if not any(item in filled for item in value.out)]
-        if not left:
-            raise NothingLeft
-        value = rng.choices(left, [value.weight for value in left])[0]
-        value.say(draft, rng)
-        filled.extend(value.out)
+        filled, start = draft.arguments.setdefault(argument, []), len(draft.pieces)
+        left = [value for value in values if not any(item in filled for item in value.out or ())]
+        while left:
+            value = rng.choices(left, [value.weight for value in left])[0]
+            value.say(draft, rng)
+            items = value.out
+            if items is None:  # lower case as other free text, and no typo in it as in a number
+                items = [" ".join(_merge(draft, start, NUMBER).lower().split())]
+            if not any(item in filled for item in items):
+                filled.extend(items)
+                return
+            left.remove(value)
+            del draft.pieces[start:]
+        raise NothingLeft
 
     return say

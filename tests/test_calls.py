@@ -48,7 +48,8 @@ def properties(draw):
     kind = draw(st.sampled_from(["string", "integer", "number", "boolean"]))
     item: dict = {"type": kind}
     if draw(st.booleans()):
-        item["enum"] = draw(st.lists(scalars(kind), min_size=1, max_size=5, unique_by=value_key))
+        choices = scalars(kind).filter(lambda v: v != "")  # '' means not said
+        item["enum"] = draw(st.lists(choices, min_size=1, max_size=5, unique_by=value_key))
     return {"type": "array", "items": item} if draw(st.booleans()) else item
 
 

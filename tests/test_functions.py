@@ -11,6 +11,7 @@ from fc_lightning.calls import (
     parse_call,
     render_call,
 )
+from fc_lightning.datamodule import FunctionCallDataModule
 from fc_lightning.functions import RegistryError, load_registry, registry_from_source
 
 VEHICLE = load_registry()
@@ -108,12 +109,15 @@ def test_canonical_orders_keys_by_schema_and_arrays_by_enum_and_shortens_numbers
         ("functions: [{name: f}, {name: f}]", "function 'f' is defined twice"),
         ("functions: [{name: f, parameters: [a]}]", "'f': 'parameters' must be a JSON Schema"),
         ("functions: [{name: f, parameters: {required: [a]}}]", "'a' is not among its properties"),
+        ("functions: [{name: f, parameters: {properties: {ab: {type: string}}, required: ab}}]",
+         "'f': required must be a list, not 'ab'"),
         ("functions: [{name: f, parameters: {properties: {a: {type: object}}}}]",
          "'f': argument 'a' has type 'object'; use string, integer, number, boolean, array"),
         ("functions: [{name: f, parameters: {properties: {a: {enum: [on, off]}}}}]",
          "enum value True is no string .put quotes around on, off, yes and no"),
         ("functions: [{name: f, parameters: {properties: {on: {type: string}}}}]",
-         "argument True must be a string"),
+         "key functions.0.parameters.properties.True must be a string .put quotes around it"),
+        ("{functions: [{name: f}], lists: {on: {values: [a]}}}", "key lists.True must be a string"),
         ("functions: [{name: f, parameters: {properties: {a: {enum: low}}}}]",
          "argument 'a': enum must be a list, not 'low'"),
         ("functions: [{name: f, parameters: {properties: {a: {type: integer, minimum: low}}}}]",
@@ -122,6 +126,8 @@ def test_canonical_orders_keys_by_schema_and_arrays_by_enum_and_shortens_numbers
          "{type: array}}}}}]", "items of type 'array' are not supported"),
         ("functions: [{name: f, parameters: {properties: {a: {enum: [b], x-verbatim: true}}}}]",
          "argument 'a': x-verbatim: true is for strings without enum only"),
+        ("functions: [{name: f, parameters: {properties: {a's: {type: string, x-verbatim: true}}}}]",
+         "x-verbatim: true needs a name without quotes and backslashes"),
         ("{tools: gone.json, functions: []}", "gone.json can't be read"),
     ],
 )  # fmt: skip
@@ -132,6 +138,51 @@ def test_a_wrong_registry_file_says_what_and_where(tmp_path, content, message):
         load_registry(path)
     assert "domain.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+INTEGERS = {"type": "integer", "minimum": 1, "maximum": 9}
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"type": ["string", "null"]}, "has type ['string', 'null']; use string, integer, "),
+        ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum 5 is above maximum 1"),
+        ({"type": "number", "maximum": float("inf")}, "maximum inf is no number"),
+        ({"type": "integer", "minimum": float("nan")}, "minimum nan is no number"),
+        ({"type": "string", "minimum": 1}, "minimum is for numbers, not for a string"),
+        ({"type": "boolean", "maximum": 1}, "maximum is for numbers, not for a boolean"),
+        ({"type": "array", "items": {"maximum": 1}}, "maximum is for numbers, not for a string"),
+        ({"type": "array", "enum": ["a"]}, "enum of an array must stand in its items"),
+        ({"type": "array", "items": INTEGERS, "maximum": 9}, "maximum of an array must stand in"),
+        ({"type": "array", "items": {"enum": ["a", "A"]}}, "enum value 'a' equals another"),
+        ({"enum": ["low  beam", "Low beam"]}, "enum value 'low  beam' equals another"),
+        ({"type": "number", "enum": [1, 1.0]}, "enum value 1 equals another"),
+        ({"type": "number", "enum": [float("nan")]}, "enum value nan is no number"),
+        ({"enum": ["a", ""]}, "enum value '' would mean that nothing was said"),
+        (INTEGERS | {"enum": [1, 20]}, "enum value 20 is outside minimum and maximum"),
+        ({"type": "array", "items": INTEGERS | {"enum": [0]}}, "enum value 0 is outside minimum"),
+    ],
+)
+def test_a_schema_that_contradicts_itself_is_refused(schema, problem):
+    with pytest.raises(RegistryError) as caught:
+        registry_of(a=schema)
+    assert str(caught.value).startswith("test.yaml: function 'f': argument 'a'")
+    assert problem in str(caught.value)
+
+
+def test_the_name_of_an_argument_must_be_a_string():
+    function = {"name": "f", "parameters": {"properties": {1: {"type": "string"}}}}
+    with pytest.raises(RegistryError, match="'f': argument 1 must be a string"):
+        registry_from_source({"functions": [function]}, "test.yaml")
+
+
+def test_a_file_may_hold_a_date_and_its_examples_have_a_folder(tmp_path):
+    path, folders = tmp_path / "domain.yaml", set()
+    for date in ("2024-05-01", "2024-05-02"):
+        path.write_text(f"{{functions: [{{name: f}}], updated: {date}}}")
+        folders.add(FunctionCallDataModule(functions=str(path)).folder)
+    assert len(folders) == 2
 
 
 def test_a_registry_file_that_is_not_there_or_is_no_text_is_refused(tmp_path):

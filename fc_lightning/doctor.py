@@ -7,14 +7,14 @@ when rows are compared (repetitions, gaps) is found too. Nothing is changed.
 from __future__ import annotations
 
 import itertools
-import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -22,10 +22,18 @@ from rich.table import Table
 from rich.text import Text
 
 from fc_lightning.calls import FunctionCall, UnreadableCall, parse_call, value_key
-from fc_lightning.chat import SYSTEM, Example, encode_command, encode_example, encode_prompt
+from fc_lightning.chat import (
+    SYSTEM,
+    Example,
+    encode_command,
+    encode_example,
+    encode_prompt,
+    make_example,
+)
 from fc_lightning.dataset import DataError, Row, read_entries, read_example
 from fc_lightning.functions import Registry
-from fc_lightning.synthesis import never_said
+from fc_lightning.grammar import Place, compile_grammar
+from fc_lightning.synthesis import command_key, never_said
 from fc_lightning.verbatim import not_verbatim
 
 # Kinds of problems, the gravest first, and what to do about each.
@@ -33,10 +41,10 @@ FIXES = {
     "unusable file": "mend it: a JSON list of examples; or move it away",
     "missing split": "add a *.json file with that word in its name",
     "not an example": "give the row exactly three strings: system, user, assistant, none empty",
-    "empty command": "remove the row, or write what was said",
     "unreadable call": "rewrite the response as `synthesize` writes it",
     "unknown function": "correct its name, or name the file that defines it (--functions)",
     "call against its schema": "correct the arguments",
+    "can't be written": "write 1 to 80 letters of text, two decimals at most, 1 to 8 elements",
     "not verbatim": "write the text as it was said, or take x-verbatim from its schema",
     "too long": "shorten it, or raise --block_size if the model has more positions",
     "unusual prompt": "write the prompt as `call` will send it, with its system text and markers",
@@ -47,6 +55,7 @@ FIXES = {
     "never in test": "add examples of it, or it is not measured",
 }
 _NUM_SHOWN = 3
+_NUM_VALUES_SHOWN = 5
 
 
 class Problem(NamedTuple):
@@ -111,7 +120,7 @@ class _Reading(NamedTuple):
 def diagnose(folder: Path, registry: Registry, *, block_size: int = 1024) -> Diagnosis:
     """Read all of a data folder's files and find everything that is wrong with them.
 
-    Commands are the same if their letters and digits are, whatever their case and punctuation.
+    Commands are the same if `command_key` is, whatever their case and sentence punctuation.
 
     Raises:
         DataError: there is no such folder.
@@ -128,6 +137,7 @@ def diagnose(folder: Path, registry: Registry, *, block_size: int = 1024) -> Dia
         [reading for file in files if split in file.name for reading in by_file[file]]
         for split in ("train", "test")
     )
+    problems += _unwritable(registry, [r for readings in by_file.values() for r in readings])
     problems += _missing_splits(files)
     problems += _repetitions(train, test)
     problems += _gaps(registry, train, test)
@@ -176,9 +186,7 @@ def _check_row(row: Row, registry: Registry, block_size: int, problems: list[Pro
 
 
 def _text_problems(example: Example, block_size: int) -> Iterator[tuple[str, str]]:
-    if not example.command.strip():
-        yield "empty command", repr(example.user)
-    elif encode_prompt(example.system, example.user) != encode_command(example.command):
+    if encode_prompt(example.system, example.user) != encode_command(example.command):
         is_system = example.system != SYSTEM
         yield "unusual prompt", repr(example.system if is_system else example.user)
     if (num_tokens := _num_tokens(example, block_size)) > block_size:
@@ -192,6 +200,43 @@ def _num_tokens(example: Example, block_size: int) -> int:
     if sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) + 40 <= block_size:
         return 0
     return len(encode_example(example).ids) - 1
+
+
+# ---------------------------------------------------------------- calls by the grammar
+
+
+def _unwritable(registry: Registry, readings: Iterable[_Reading]) -> Iterator[Problem]:
+    """Valid calls that decoding by the grammar can't reach, whatever the model has learned."""
+    try:
+        first = compile_grammar(registry)
+    except ValueError as error:
+        yield Problem("can't be written", registry.where, str(error))
+        return
+    is_writable: dict[str, bool] = {}
+    for reading in readings:
+        if reading.call is None or registry.violations(reading.call):
+            continue
+        example = make_example("x", registry.canonical(reading.call))
+        if example.assistant not in is_writable:
+            encoded = encode_example(example)
+            response_ids = encoded.ids[encoded.num_prompt_tokens :]
+            is_writable[example.assistant] = _leads_to(first, response_ids)
+        if not is_writable[example.assistant]:
+            yield Problem("can't be written", reading.where, str(reading.call))
+
+
+def _leads_to(place: Place, ids: Sequence[int]) -> bool:
+    """Whether a response of these ids can be decoded, from its first place on."""
+    end = 0
+    while list(ids[end : end + len(place.forced)]) == place.forced:
+        end += len(place.forced)
+        if not len(place.allowed) or end == len(ids):
+            return not len(place.allowed) and end == len(ids)
+        token, allowed = ids[end], place.allowed
+        if not (allowed[token] if allowed.dtype == torch.bool else token in allowed.tolist()):
+            return False
+        place, end = place.after(token), end + 1
+    return False
 
 
 # ---------------------------------------------------------------- rows side by side
@@ -208,9 +253,9 @@ def _repetitions(train: Sequence[_Reading], test: Sequence[_Reading]) -> Iterato
     said: dict[str, list[tuple[str, _Reading]]] = defaultdict(list)
     for split, readings in (("train", train), ("test", test)):
         for reading in readings:
-            said[_letters(reading.row.example.command)].append((split, reading))
-    for letters, group in said.items():
-        if letters and len(group) > 1:
+            said[command_key(reading.row.example.command)].append((split, reading))
+    for key, group in said.items():
+        if key and len(group) > 1:
             yield from _same_command(group)
 
 
@@ -232,12 +277,6 @@ def _same_command(group: Sequence[tuple[str, _Reading]]) -> Iterator[Problem]:
             yield Problem(
                 "test seen in training", where, f"{command}, as in {trained.seen_from(reading)}"
             )
-
-
-def _letters(command: str) -> str:
-    """What makes two commands the same; between digits, marks are kept: 2.5 is not 25."""
-    letters = re.sub(r"(?<!\d)[\W_]+|[\W_]+(?!\d)", "", command.casefold())
-    return letters or command.strip()
 
 
 def _call_key(call: FunctionCall | None) -> Hashable:
@@ -266,4 +305,7 @@ def _gaps(
     calls = [reading.call for reading in train if reading.call]
     for (name, argument), values in never_said(registry, calls).items():
         if name in trained:
-            yield Problem("never in training", f"{name}: {argument}", ", ".join(values))
+            shown = ", ".join(values[:_NUM_VALUES_SHOWN])
+            if (num_more := len(values) - _NUM_VALUES_SHOWN) > 0:
+                shown += f" and {num_more:,} more"
+            yield Problem("never in training", f"{name}: {argument}", shown)

@@ -385,13 +385,12 @@ def _with_typo(pieces: list[tuple[str, str]], rng: Random) -> list[tuple[str, st
 
 
 def _one_line(text: str) -> str:
-    return re.sub(r" +(?=[,.?!]( |$))", "", " ".join(text.split()))
+    return re.sub(r" +(?=[,.?!]([ ,.?!]|$))", "", " ".join(text.split()))  # not before .hack
 
 
-_MARK = r"""[,?!;:…()"'“”„‘’«»¿¡—。，！？、]"""
-_UNHEARD = re.compile(
-    rf"(?<!\d){_MARK}|{_MARK}(?!\d)|[-.](?!\d)|(?<=[^\W\d_])[-.]"  # -5 and .5 are heard
-)
+# An A/C is an AC, 52° and 52% are 52; but 10:30 is not 1030, nor are -5 and .5 5.
+_MARK = r"""[,?!;:…°%/()"'“”„‘’«»¿¡—。，！？、]"""
+_UNHEARD = re.compile(rf"(?<!\d){_MARK}|{_MARK}(?!\d)|[-.](?!\d)|(?<=[^\W\d_])[-.]")
 
 
 def command_key(command: str) -> str:

@@ -11,7 +11,7 @@ from fc_lightning.calls import FunctionCall
 from fc_lightning.chat import make_example
 from fc_lightning.dataset import DataError, FunctionCallDataset, Row
 from fc_lightning.doctor import FIXES, Problem, diagnose
-from fc_lightning.functions import registry_from_source
+from fc_lightning.functions import Registry, registry_from_source
 
 REGISTRY = registry_from_source(
     {
@@ -83,6 +83,11 @@ def test_marks_between_digits_make_commands_different(found_in):
     assert found_in(train=[("lamp 2.5", ON), ("lamp 25", OFF)]) == []
 
 
+def test_signs_symbols_and_vowel_signs_make_commands_different(found_in):
+    pairs = [("lamp 5", "lamp -5"), ("lamp C#", "lamp C++"), ("lamp की", "lamp का"), ("👍", "👎")]
+    assert found_in(train=[row for one, other in pairs for row in ((one, ON), (other, OFF))]) == []
+
+
 def test_one_command_with_two_calls_is_a_contradiction(found_in):
     [problem] = found_in(train=[("Lamp on.", OFF)])
     what = "'Lamp on.': set_lamp(state='off'), but row 0: set_lamp(state='on')"
@@ -134,7 +139,7 @@ def test_commands_that_nobody_could_say_are_found(found_in):
     other_system = entry("dim that", ON) | {"system": "You are a lamp."}
     problems = found_in(train=[(" ", ON), bare, other_system, ("two\nlines", ON)])
     assert [(p.kind, p.where) for p in problems] == [
-        ("empty command", "a_train.json: row 7"),
+        ("not an example", "a_train.json: row 7"),
         *(("unusual prompt", f"a_train.json: row {n}") for n in (8, 9, 10)),
     ]
     assert [p.what for p in problems[1:3]] == ["'dim it'", "'You are a lamp.'"]
@@ -160,6 +165,51 @@ def test_calls_and_values_that_never_occur_are_named(tmp_path):
         Problem("never in training", "set_lamp: rooms", "attic, den, 1 of 2, 2 of 2"),
         Problem("never in test", "set_lamp", "no row with this function"),
     ]
+
+
+def one_argument(schema) -> Registry:
+    function = {"name": "tune", "parameters": {"properties": {"x": schema}, "required": ["x"]}}
+    return registry_from_source({"functions": [function]}, "tune.yaml")
+
+
+def diagnose_calls(folder, schema, values):
+    """What is found where each of the values is trained and tested, by commands of its own."""
+    for split in ("train", "test"):
+        calls = [FunctionCall("tune", {"x": value}) for value in values]
+        calls.append(FunctionCall("possibly_incomplete_tune", {"x": ""}))
+        rows = [entry(f"{split} {chr(97 + n)}", call) for n, call in enumerate(calls)]
+        (folder / f"{split}.json").write_text(json.dumps(rows))
+    return diagnose(folder, one_argument(schema)).problems
+
+
+def test_of_many_values_that_never_occur_a_few_are_named(tmp_path):
+    schema = {"type": "integer", "minimum": 1, "maximum": 1000}
+    [problem] = diagnose_calls(tmp_path, schema, [1, 3])
+    assert problem.what == "2, 4, 5, 6, 7 and 993 more"
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "number"}, 52.51, 52.5163),
+        ({"type": "integer"}, 491511111, 4915111111111),
+        ({"type": "string"}, "it's " * 16, "x" * 81),
+        ({"type": "array", "items": {"type": "string"}}, ["b", "a"], []),
+    ],
+)
+def test_a_call_that_the_grammar_does_not_allow_is_found(tmp_path, schema, good, bad):
+    problems = diagnose_calls(tmp_path, schema, [good, bad])
+    assert problems == [
+        Problem("can't be written", f"{split}.json: row 1", str(FunctionCall("tune", {"x": bad})))
+        for split in ("test", "train")
+    ]
+
+
+def test_a_schema_that_the_grammar_can_not_satisfy_is_found(tmp_path):
+    schema = {"type": "number", "minimum": 0.001, "maximum": 0.004}
+    [problem] = diagnose_calls(tmp_path, schema, [0.002])
+    assert (problem.kind, problem.where) == ("can't be written", "tune.yaml")
+    assert "no number lies between 0.001 and 0.004" in problem.what
 
 
 def test_a_function_is_tested_by_its_incomplete_form_too(tmp_path):

@@ -126,7 +126,7 @@ def test_canonical_orders_keys_by_schema_and_arrays_by_enum_and_shortens_numbers
          "{type: array}}}}}]", "items of type 'array' are not supported"),
         ("functions: [{name: f, parameters: {properties: {a: {enum: [b], x-verbatim: true}}}}]",
          "argument 'a': x-verbatim: true is for strings without enum only"),
-        ("functions: [{name: f, parameters: {properties: {a's: {type: string, x-verbatim: true}}}}]",
+        ("functions: [{name: f, parameters: {properties: {a's: {type: string, x-verbatim: yes}}}}]",
          "x-verbatim: true needs a name without quotes and backslashes"),
         ("{tools: gone.json, functions: []}", "gone.json can't be read"),
     ],

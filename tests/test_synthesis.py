@@ -18,7 +18,16 @@ from fc_lightning.functions import (
     registry_from_source,
 )
 from fc_lightning.sentences import compile_groups
-from fc_lightning.synthesis import ANY_TEXT, NOT_SAID, coverage, synthesize, write_data_folder
+from fc_lightning.synthesis import (
+    ANY_NUMBER,
+    ANY_TEXT,
+    NOT_SAID,
+    command_key,
+    coverage,
+    never_said,
+    synthesize,
+    write_data_folder,
+)
 
 COLORS = ["red", "green", "blue", "white"]
 
@@ -93,6 +102,76 @@ def test_free_text_is_what_stands_on_paper_in_lower_case():
     names = {arguments["name"] for arguments in commands.values()}
     assert "zoë's light, too big" in names
     assert "zoë's light too big" in names  # as a speech recognizer writes it
+
+
+def test_free_text_has_straight_quotes_whatever_the_list_has():
+    lists = {"name": {"values": ["Don’t Stop", "The “Mill”"]}}
+    commands = drawn(lamp([{"orders": four("call it {name} or {color} {level}")}], lists=lists), 90)
+    names = {arguments["name"] for arguments in commands.values()}
+    assert names >= {"don't stop", 'the "mill"'}
+    assert not re.search("[‘’“”]", "".join(names))
+
+
+def test_free_text_of_punctuation_is_kept_and_not_taken_for_what_was_not_said():
+    lists = {"name": {"values": ["!!!", "???"]}}
+    groups = [{"orders": four("{color} {level} for {name}")}]
+    commands = drawn(lamp(groups, lists=lists, required=("name",)), 300)
+    assert {arguments["name"] for arguments in commands.values()} == {"!!!", "???"}
+    assert all(arguments["name"] in command for command, arguments in commands.items())
+
+
+def test_a_mark_at_the_beginning_of_a_word_is_not_moved_to_the_word_before():
+    lists = {"name": {"values": [".hack", "!wow"]}}
+    commands = drawn(lamp([{"orders": four("call {name} , {color} {level}")}], lists=lists), 200)
+    assert all(re.match(r"call ([.]?hack|!?wow),? ", c, re.IGNORECASE) for c in commands)
+
+
+def test_marks_between_digits_are_always_written():
+    lists = {"size": {"values": ["2.5 k", "7,5 k", ".5 k", "5 k."]}}
+    registry = lamp([{"orders": four("at {level}:30, {size}, {color},")}], lists=lists)
+    commands = [c.lower() for c in drawn(registry, 400) if re.match(r"at \d", c, re.IGNORECASE)]
+    assert any("," not in command for command in commands)  # as a speech recognizer writes it
+    for command in commands:
+        assert re.match(r"at \d+:30,? (2\.5|7,5|\.5|5) k", command), command
+
+
+def test_commands_that_differ_in_a_sign_are_both_drawn():
+    lists = {"far": {"range": {"from": -5, "to": 5}}}
+    group = {"arguments": {"color": "red"}, "orders": four("red at {far}")}
+    commands = {c.lower().removesuffix(".") for c in drawn(lamp([group], lists=lists), 50)}
+    assert [c for c in commands if re.search(r"-\d", c) and c.replace("-", "") in commands]
+
+
+@pytest.mark.parametrize(
+    ("command", "other"),
+    [
+        ("Lamp, on!", "LAMP-ON"),
+        ("It's “5 – 3”.", "its 5 3"),
+        ("set it to −5", "set it to -5"),
+        ("zone 2, 30 minutes", "zone 2 30 minutes"),
+        ("make it 52°.", "make it 52"),
+        ("turn the A/C on", "turn the AC on"),
+    ],
+)
+def test_case_spaces_and_sentence_punctuation_make_no_other_command(command, other):
+    assert command_key(command) == command_key(other)
+
+
+@pytest.mark.parametrize(
+    ("command", "other"),
+    [
+        ("set it to 5", "set it to -5"),
+        ("set it to 5", "set it to .5"),
+        ("at 2.5", "at 25"),
+        ("at 2 5", "at 25"),
+        ("open C#", "open C++"),
+        ("play की", "play का"),
+        ("add 👍", "add 👎"),
+        ("???", "!!!"),
+    ],
+)
+def test_signs_symbols_and_marks_make_another_command(command, other):
+    assert command_key(command) != command_key(other)
 
 
 def test_numbers_are_said_in_digits_and_words_and_none_is_left_out():
@@ -355,6 +434,31 @@ def test_coverage_counts_values_elements_sizes_and_what_was_not_said():
     assert counts["paint", "level", "30"] == 0
     assert counts["paint", "rooms", "3 of 3"] == 0
     assert ("possibly_incomplete_paint", "color", "red") not in counts
+
+
+TEXTS = {"type": "array", "items": {"type": "string"}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "values", "unsaid"),
+    [
+        (TEXTS, [["my text"]], []),
+        (TEXTS, [], [ANY_TEXT]),
+        ({"type": "number"}, [5.25], []),
+        ({"type": "integer", "minimum": 1}, [], [ANY_NUMBER]),
+        ({"type": "integer", "minimum": 0, "maximum": 5_000_000}, [7], []),
+        ({"type": "number", "enum": [21.0, 22.5]}, [21, 22.5], []),
+        ({"type": "number", "minimum": 0.5, "maximum": 2.5}, [1], ["2"]),
+        ({"type": "number", "minimum": 0.1, "maximum": 0.3}, [0.2], []),
+        ({"type": "boolean", "enum": [True]}, [True], []),
+        ({"type": "array", "items": {"type": "boolean"}}, [[True]], ["False"]),
+    ],
+)
+def test_what_could_be_said_is_named_as_it_is_counted(schema, values, unsaid):
+    function = {"name": "tune", "parameters": {"properties": {"x": schema}, "required": ["x"]}}
+    registry = registry_from_source({"functions": [function]}, "tune.yaml")
+    calls = [FunctionCall("tune", {"x": value}) for value in values]
+    assert never_said(registry, calls).get(("tune", "x"), []) == unsaid
 
 
 def test_invented_names_are_new_and_are_the_value():

@@ -58,7 +58,8 @@ class ParameterSpec:
     def type_violation(self, value: Any) -> str | None:
         """Why `value` has the wrong type, or None. Elements of an array are not looked at."""
         if not _has_type(value, self.type):
-            return f"{self.name} must be a {self.type}, not {value!r}"
+            article = "an" if self.type in ("array", "integer") else "a"
+            return f"{self.name} must be {article} {self.type}, not {value!r}"
         return None
 
     def item_violation(self, item: Any) -> str | None:
@@ -197,6 +198,9 @@ def registry_from_source(source: Mapping[str, Any], where: str | Path) -> Regist
     entries = source.get("functions")
     if not isinstance(entries, list) or not entries:
         raise RegistryError(f"{where}: needs a list 'functions' with at least one function")
+    for key, kind in (("lists", dict), ("expansion_rules", dict), ("carriers", list)):
+        if not isinstance(source.get(key) or kind(), kind):
+            raise RegistryError(f"{where}: {key} must be a {kind.__name__}")
     functions = tuple(_function_spec(entry, where) for entry in entries)
     names = [f.name for f in functions]
     if repeated := {n for n in names if names.count(n) > 1}:

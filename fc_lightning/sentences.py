@@ -145,7 +145,8 @@ def _compile_group(compiler: _Compiler, entry: Any, seen: set[str]) -> SentenceG
     known = {"weight", "arguments", "incomplete", "orders", "phrases"}
     if not isinstance(entry, dict) or not entry.keys() <= known:
         raise RegistryError(f"{at}: a group of sentences has {', '.join(sorted(known))} only")
-    for key, kind in (("arguments", dict), ("orders", list), ("phrases", list)):
+    kinds = {"arguments": dict, "orders": list, "phrases": list, "incomplete": bool}
+    for key, kind in kinds.items():
         if not isinstance(entry.get(key) or kind(), kind):
             raise RegistryError(f"{at}: {key} of a group must be a {kind.__name__}")
     arguments = entry.get("arguments") or {}
@@ -165,7 +166,7 @@ def _compile_group(compiler: _Compiler, entry: Any, seen: set[str]) -> SentenceG
         if template.text in seen:
             raise RegistryError(f"{at}: template {template.text!r} stands there twice; drop one")
         seen.add(template.text)
-    is_incomplete = bool(entry.get("incomplete", False))
+    is_incomplete = bool(entry.get("incomplete"))
     return SentenceGroup(spec, arguments, is_incomplete, _weight(entry, at), templates)
 
 

@@ -310,10 +310,12 @@ class _Drawer:
         key = repr((call.name, call.arguments))
         if key not in self.valid_calls:
             if problems := self.registry.violations(call):
+                fix = "fill it with a slot or the group's arguments, or mark the group incomplete"
+                if group.is_incomplete:
+                    fix = "leave out what is 'required', or take 'incomplete' from the group"
                 raise RegistryError(
                     f"{self.registry.where}: function {group.spec.name!r}: template"
-                    f" {template.text!r}: {problems[0]}; fill it with a slot or the group's"
-                    " arguments, or mark the group incomplete"
+                    f" {template.text!r}: {problems[0]}; {fix}"
                 )
             self.valid_calls.add(key)
         return call

@@ -72,6 +72,7 @@ def test_an_element_without_out_is_what_was_said_and_is_not_repeated():
         ({"orders": "stopand"}, "orders of a group must be a list"),
         ({"phrases": "stop"}, "phrases of a group must be a list"),
         ({"arguments": ["x"]}, "arguments of a group must be a dict"),
+        ({"incomplete": "no"}, "incomplete of a group must be a bool"),
         ({"weight": "a lot"}, "weight 'a lot' must be a number above 0"),
         ({"weight": 0}, "weight 0 must be a number above 0"),
     ],
@@ -80,6 +81,34 @@ def test_a_wrong_group_is_reported_with_file_and_function(group, problem):
     registry = registry_of(TEXT, group=group, lists={"x": {"values": ["a"]}})
     with pytest.raises(RegistryError, match=f"^test.yaml: function 'f': {problem}"):
         compile_groups(registry)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ({"lists": ["x"]}, "lists must be a dict"),
+        ({"expansion_rules": ["x"]}, "expansion_rules must be a dict"),
+        ({"carriers": "please {request}"}, "carriers must be a list"),
+    ],
+)
+def test_a_wrong_part_of_the_file_is_reported(source, problem):
+    with pytest.raises(RegistryError, match=f"^test.yaml: {problem}"):
+        registry_of(TEXT, **source)
+
+
+@pytest.mark.parametrize(
+    ("group", "fix"),
+    [
+        ({}, "or mark the group incomplete"),
+        ({"arguments": {"x": 1}, "incomplete": True}, "or take 'incomplete' from the group"),
+    ],
+)
+def test_what_to_do_about_a_call_that_is_not_valid_fits_the_group(group, fix):
+    schema = {"properties": {"x": COUNT}, "required": ["x"]}
+    function = {"name": "f", "parameters": schema, "sentences": [{"orders": [*"abcd"]} | group]}
+    registry = registry_from_source({"functions": [function]}, "test.yaml")
+    with pytest.raises(RegistryError, match=fix):
+        synthesize(registry, num_examples=4, incomplete_share=float("incomplete" in group))
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,10 @@ def is_empty(command: str) -> bool:
 def harmless(command: str) -> str:
     """A command without what could be mistaken for the prompt's own structure.
 
-    `<|` is split, line breaks and control characters become spaces.
+    `<|` is split, line breaks and control characters become spaces, and half a surrogate pair,
+    which is no letter, U+FFFD.
     """
+    command = command.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     command = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", command)
     command = command.replace("<|", "< |").replace("|>", "| >")
     return command.replace("<functioncall>", "< functioncall >")

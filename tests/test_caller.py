@@ -136,6 +136,13 @@ def test_an_empty_command_is_an_error(caller: FunctionCaller, command: str) -> N
         caller(command)
 
 
+@pytest.mark.parametrize(
+    "command", ["play w\udce9r", "navigate to \ud800", "take me to \udfff inn"]
+)
+def test_half_a_surrogate_pair_is_answered(command: str) -> None:
+    assert VEHICLE.violations(FunctionCaller.from_checkpoint()(command)) == []
+
+
 @pytest.mark.parametrize("command", [None, b"stop", 5, ["stop", None]])
 def test_what_is_no_text_is_an_error(caller: FunctionCaller, command: Any) -> None:
     with pytest.raises(TypeError, match="a command is a string, or a list of strings, not "):

@@ -21,13 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fc_lightning.calls import FunctionCall, parse_call, value_key
-from fc_lightning.chat import (
-    SYSTEM,
-    decode_response,
-    encode_command,
-    harmless,
-    render_response,
-)
+from fc_lightning.chat import SYSTEM, decode_response, encode_command, harmless, render_response
 from fc_lightning.checkpoint import load_gpt, load_registry_source
 from fc_lightning.decoding import Allow, generate, prefill
 from fc_lightning.functions import Registry, load_registry, registry_from_source

@@ -55,6 +55,23 @@ class Anything:
         return self
 
 
+def num_decisions(allow: Allow, ids: Sequence[int]) -> int | None:
+    """How many choices it takes to write a whole response's `ids`; None if it can't be written."""
+    start, count = 0, 0
+    while list(ids[start : start + len(allow.forced)]) == list(allow.forced):
+        start, allowed = start + len(allow.forced), allow.allowed
+        is_over = allowed is not None and not allowed.numel()
+        if is_over or start == len(ids):
+            return count if is_over and start == len(ids) else None
+        token = ids[start]
+        if allowed is not None and not (
+            allowed[token] if allowed.dtype == torch.bool else (allowed == token).any()
+        ):
+            return None
+        allow, start, count = allow.after(token), start + 1, count + 1
+    return None
+
+
 @dataclass(frozen=True)
 class Prefix:
     """Tokens with which many prompts begin, put through the network once."""

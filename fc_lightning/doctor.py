@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -31,8 +30,9 @@ from fc_lightning.chat import (
     make_example,
 )
 from fc_lightning.dataset import DataError, Row, read_entries, read_example
+from fc_lightning.decoding import num_decisions
 from fc_lightning.functions import Registry
-from fc_lightning.grammar import Place, compile_grammar
+from fc_lightning.grammar import compile_grammar
 from fc_lightning.synthesis import command_key, never_said
 from fc_lightning.verbatim import not_verbatim
 
@@ -220,23 +220,9 @@ def _unwritable(registry: Registry, readings: Iterable[_Reading]) -> Iterator[Pr
         if example.assistant not in is_writable:
             encoded = encode_example(example)
             response_ids = encoded.ids[encoded.num_prompt_tokens :]
-            is_writable[example.assistant] = _leads_to(first, response_ids)
+            is_writable[example.assistant] = num_decisions(first, response_ids) is not None
         if not is_writable[example.assistant]:
             yield Problem("can't be written", reading.where, str(reading.call))
-
-
-def _leads_to(place: Place, ids: Sequence[int]) -> bool:
-    """Whether a response of these ids can be decoded, from its first place on."""
-    end = 0
-    while list(ids[end : end + len(place.forced)]) == place.forced:
-        end += len(place.forced)
-        if not len(place.allowed) or end == len(ids):
-            return not len(place.allowed) and end == len(ids)
-        token, allowed = ids[end], place.allowed
-        if not (allowed[token] if allowed.dtype == torch.bool else token in allowed.tolist()):
-            return False
-        place, end = place.after(token), end + 1
-    return False
 
 
 # ---------------------------------------------------------------- rows side by side

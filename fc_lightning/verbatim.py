@@ -57,11 +57,13 @@ def narrowed(allowed: Tensor, ids: Sequence[int], command: str, registry: Regist
     written = found["single"] if is_single else found["double"]
     said = _as_said(command).translate(_IN_SINGLE if is_single else _IN_DOUBLE)
     quote = b"'" if is_single else rb"\""
-    ends = _vocabulary(quote).get(b"", [])
-    going_on = set(_continuations(said, written, quote))
+    going_on, ends = set(_continuations(said, written, quote)), _vocabulary(quote).get(b"", [])
     if not written:  # what was not said is '', where the grammar lets it be
         going_on.update(ends)
-    return next((some for ids in (going_on, ends) if len(some := _both(allowed, ids))), allowed)
+    for copying in (going_on, ends):
+        if len(some := _both(allowed, copying)):
+            return some
+    return allowed
 
 
 def _both(allowed: Tensor, ids: Collection[int]) -> Tensor:

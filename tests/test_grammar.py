@@ -12,6 +12,7 @@ import torch
 
 from fc_lightning.calls import FunctionCall, parse_call, render_call
 from fc_lightning.chat import encode_example, make_example
+from fc_lightning.decoding import num_decisions
 from fc_lightning.functions import ParameterSpec, Registry, load_registry, registry_from_source
 from fc_lightning.grammar import Place, compile_grammar, max_response_tokens, number_pattern
 from fc_lightning.tokenizer import END_OF_TEXT, get_encoding
@@ -73,20 +74,6 @@ def is_allowed(place: Place, token: int) -> bool:
 def allowed_ids(place: Place) -> list[int]:
     is_mask = place.allowed.dtype == torch.bool
     return (place.allowed.nonzero()[:, 0] if is_mask else place.allowed).tolist()
-
-
-def num_decisions(first: Place, ids: list[int]) -> int | None:
-    """How many choices it takes to write `ids`; None if the grammar does not allow them."""
-    place, end, count = first, 0, 0
-    while True:
-        if ids[end : end + len(place.forced)] != list(place.forced):
-            return None
-        end += len(place.forced)
-        if not len(place.allowed):
-            return count if end == len(ids) else None
-        if end == len(ids) or not is_allowed(place, ids[end]):
-            return None
-        place, end, count = place.after(ids[end]), end + 1, count + 1
 
 
 def accepts(first: Place, name: str, **arguments: object) -> bool:
@@ -225,7 +212,7 @@ def test_any_of_the_required_arguments_may_be_left_open(registry: Registry) -> N
 
 def some_values(parameter: ParameterSpec) -> list[object]:
     if parameter.type == "array":
-        return [[parameter.enum[0]], list(parameter.enum)] if parameter.enum else [[]]
+        return [[parameter.enum[0]], list(parameter.enum)]
     if parameter.enum:
         return list(parameter.enum)
     numbers = [parameter.minimum, parameter.maximum] if parameter.minimum is not None else [7]

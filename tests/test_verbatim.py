@@ -9,7 +9,7 @@ from fc_lightning import verbatim
 from fc_lightning.caller import _Copying
 from fc_lightning.calls import FunctionCall
 from fc_lightning.chat import encode_example, harmless, make_example
-from fc_lightning.decoding import Allow
+from fc_lightning.decoding import num_decisions
 from fc_lightning.functions import Registry, load_registry, registry_from_source
 from fc_lightning.grammar import compile_grammar
 from fc_lightning.synthesis import synthesize
@@ -78,17 +78,8 @@ def can_be_answered(command: str, call: FunctionCall, functions: Registry) -> bo
     """Whether a caller can write the call's own tokens, whatever its model prefers."""
     encoded = encode_example(make_example(command, call))
     ids = encoded.ids[encoded.num_prompt_tokens :]
-    place: Allow = _Copying(compile_grammar(functions), harmless(command), functions)
-    while ids:
-        if ids[: len(place.forced)] != list(place.forced):
-            return False
-        ids, allowed = ids[len(place.forced) :], place.allowed
-        if not ids or allowed is None:
-            return not ids
-        if not (allowed[ids[0]] if allowed.dtype == torch.bool else ids[0] in allowed.tolist()):
-            return False
-        place, ids = place.after(ids[0]), ids[1:]
-    return True
+    place = _Copying(compile_grammar(functions), harmless(command), functions)
+    return num_decisions(place, ids) is not None
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def synthesize(
 
 def _coverage_table(registry: Registry, calls: Sequence[FunctionCall]) -> Table:
     """Training examples by function, and the arguments of which some value never occurs."""
-    from fc_lightning.synthesis import never_said
+    from fc_lightning.coverage import never_said
 
     counts = Counter(call.name for call in calls)
     unsaid: dict[str, list[str]] = {}

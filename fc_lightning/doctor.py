@@ -29,11 +29,12 @@ from fc_lightning.chat import (
     encode_prompt,
     make_example,
 )
+from fc_lightning.coverage import never_said
 from fc_lightning.dataset import DataError, Row, read_entries, read_example
 from fc_lightning.decoding import num_decisions
 from fc_lightning.functions import Registry
 from fc_lightning.grammar import compile_grammar
-from fc_lightning.synthesis import command_key, never_said
+from fc_lightning.synthesis import command_key
 from fc_lightning.verbatim import not_verbatim
 
 # Kinds of problems, the gravest first, and what to do about each.

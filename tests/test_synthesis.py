@@ -1,4 +1,4 @@
-"""Synthesis: exact tiny domains for what a template says, the vehicle for hygiene and coverage."""
+"""Synthesis: exact tiny domains for what a template says, the vehicle for hygiene."""
 
 import json
 import re
@@ -8,8 +8,9 @@ from collections import Counter
 
 import pytest
 
-from fc_lightning.calls import FunctionCall, parse_call
+from fc_lightning.calls import parse_call
 from fc_lightning.chat import Example
+from fc_lightning.coverage import coverage
 from fc_lightning.functions import (
     VEHICLE,
     Registry,
@@ -18,16 +19,7 @@ from fc_lightning.functions import (
     registry_from_source,
 )
 from fc_lightning.sentences import compile_groups
-from fc_lightning.synthesis import (
-    ANY_NUMBER,
-    ANY_TEXT,
-    NOT_SAID,
-    command_key,
-    coverage,
-    never_said,
-    synthesize,
-    write_data_folder,
-)
+from fc_lightning.synthesis import command_key, synthesize, write_data_folder
 
 COLORS = ["red", "green", "blue", "white"]
 
@@ -409,56 +401,6 @@ def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path, vehicle, monkeypat
         write_data_folder(tmp_path, vehicle, num_examples=20)
     assert [path.name for path in tmp_path.iterdir()] == ["fc_test.json"]
     assert (tmp_path / "fc_test.json").read_text() == "old"
-
-
-def test_coverage_counts_values_elements_sizes_and_what_was_not_said():
-    registry = lamp([{"orders": four("{color}")}])
-    calls = [
-        FunctionCall("paint", {"color": "red", "rooms": ["a", "c"], "level": 2}),
-        FunctionCall("possibly_incomplete_paint", {"color": "", "name": "x"}),
-    ]
-    counts = coverage(registry, calls)
-    said = {row: count for row, count in counts.items() if count}
-    assert said == {
-        ("paint", "color", "red"): 1,
-        ("paint", "rooms", "a"): 1,
-        ("paint", "rooms", "c"): 1,
-        ("paint", "rooms", "2 of 3"): 1,
-        ("paint", "level", "2"): 1,
-        ("paint", "name", NOT_SAID): 1,
-        ("possibly_incomplete_paint", "color", "''"): 1,
-        ("possibly_incomplete_paint", "rooms", NOT_SAID): 1,
-        ("possibly_incomplete_paint", "level", NOT_SAID): 1,
-        ("possibly_incomplete_paint", "name", ANY_TEXT): 1,
-    }
-    assert counts["paint", "level", "30"] == 0
-    assert counts["paint", "rooms", "3 of 3"] == 0
-    assert ("possibly_incomplete_paint", "color", "red") not in counts
-
-
-TEXTS = {"type": "array", "items": {"type": "string"}}
-
-
-@pytest.mark.parametrize(
-    ("schema", "values", "unsaid"),
-    [
-        (TEXTS, [["my text"]], []),
-        (TEXTS, [], [ANY_TEXT]),
-        ({"type": "number"}, [5.25], []),
-        ({"type": "integer", "minimum": 1}, [], [ANY_NUMBER]),
-        ({"type": "integer", "minimum": 0, "maximum": 5_000_000}, [7], []),
-        ({"type": "number", "enum": [21.0, 22.5]}, [21, 22.5], []),
-        ({"type": "number", "minimum": 0.5, "maximum": 2.5}, [1], ["2"]),
-        ({"type": "number", "minimum": 0.1, "maximum": 0.3}, [0.2], []),
-        ({"type": "boolean", "enum": [True]}, [True], []),
-        ({"type": "array", "items": {"type": "boolean"}}, [[True]], ["False"]),
-    ],
-)
-def test_what_could_be_said_is_named_as_it_is_counted(schema, values, unsaid):
-    function = {"name": "tune", "parameters": {"properties": {"x": schema}, "required": ["x"]}}
-    registry = registry_from_source({"functions": [function]}, "tune.yaml")
-    calls = [FunctionCall("tune", {"x": value}) for value in values]
-    assert never_said(registry, calls).get(("tune", "x"), []) == unsaid
 
 
 def test_invented_names_are_new_and_are_the_value():

@@ -5,7 +5,7 @@
 
 Each start (name, checkpoint or none, AdamW's learning rate) is fine-tuned with Muon at 0.01 for
 the matrices, on synthesized rows, once for each number of steps, with a schedule as long
-as that, and answers DATA_DIR's test commands.
+as that, and answers DATA_DIR's commands.
 Writes starts.json and starts.png into the output folder after every run, and prints a table.
 """
 
@@ -90,13 +90,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--start", nargs=3, action="append", required=True, metavar="X")
+    parser.add_argument("--split", default="test", help="of DATA_DIR, to be answered")
     parser.add_argument("--steps", nargs="+", type=int, default=[100, 300, 1000, 3000])
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_examples", type=int, help="synthesized, where not all runs are here")
     parser.add_argument("--output", type=Path, default=Path("outputs/starts"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(options.folder, "test")
+    rows = read_rows(options.folder, options.split)
     num_examples = options.num_examples or max(options.steps) * options.batch_size * 10 // 9 + 10
     data = FunctionCallDataModule(batch_size=options.batch_size, num_examples=num_examples)
     results = []

@@ -111,6 +111,7 @@ def benchmark_quality(
         run = _Run(module, rows, recipe, batch_size)
         reached.append(run.until(loss=loss, match=match, limit_s=limit_s, console=console))
         del module, run
+        torch.compiler.reset()  # compiled code keeps the memory of its CUDA graphs
     console.print(_table(reached, loss=loss, match=match))
     return reached
 
@@ -206,8 +207,7 @@ class _Run:
     def _warm_up(self) -> float:
         start = time.perf_counter()
         self.module.train()
-        warm_up(self.steps, self.num_batches)
-        self.optimizer.zero_grad()
+        warm_up(self.steps, self.num_batches, self.optimizer)
         self._wait()
         return time.perf_counter() - start
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -143,19 +143,20 @@ def expected_call(row: Row, registry: Registry) -> FunctionCall:
 
 
 class Batch(NamedTuple):
-    """Rows of like length, right-padded to the longest, less the prefix that all of them share.
+    """Rows right-padded to the longest, or packed, less the prefix that all of them share.
 
     The model reads prefix + ids; `targets` are the next tokens at the trained positions, whose
-    flat indices into (B, T) are `trained_at`. What is counted is plain integers, so that nobody
+    flat indices into `ids` are `trained_at`. What is counted is plain integers, so that nobody
     has to ask the device for it.
     """
 
     prefix: Tensor  # (P,) token ids before every row
-    ids: Tensor  # (B, T)
+    ids: Tensor  # (B, T), or where rows are packed (R,), all rows end to end
     trained_at: Tensor  # (N,)
     targets: Tensor  # (N,)
     rows: list[int]  # (B,) indices into the dataset
     lengths: list[int]  # (B,) inputs of each row after the prefix, padding not counted
+    starts: Tensor | None = None  # (B + 1,) where packed rows begin in ids, and the last ends
 
     @property
     def num_tokens(self) -> int:
@@ -164,12 +165,16 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on another device; Lightning calls this."""
-        prefix, ids, trained_at, targets = (t.to(device, non_blocking=True) for t in self[:4])
-        return self._replace(prefix=prefix, ids=ids, trained_at=trained_at, targets=targets)
+        moved: dict[str, Any] = {
+            name: field.to(device, non_blocking=True)
+            for name, field in self._asdict().items()
+            if isinstance(field, Tensor)
+        }
+        return self._replace(**moved)
 
     @property
     def is_trained(self) -> Tensor:
-        """Whether the token after each position is trained, (B, T)."""
+        """Whether the token after each position is trained, as `ids` are shaped."""
         flat = torch.zeros(self.ids.numel(), dtype=torch.bool, device=self.ids.device)
         return flat.index_fill(0, self.trained_at, True).view(self.ids.shape)
 
@@ -183,8 +188,10 @@ class FunctionCallDataset(Dataset[Batch]):
         """Encode `rows`; those with more than `block_size` tokens are left out, never cut.
 
         `too_long` lists what was left out, with the number of tokens each row needs. Batches are
-        padded so that P + T is a multiple of `pad_to_multiple_of`, or `block_size`.
+        padded so that P + T is a multiple of `pad_to_multiple_of`, or `block_size`; or packed, if
+        `is_packed` is set.
         """
+        self.is_packed = False
         encoded = [encode_example(row.example) for row in rows]
         # The last id is a target only, so a row of L ids needs L - 1 positions.
         fits = [len(e.ids) - 1 <= block_size for e in encoded]
@@ -219,6 +226,31 @@ class FunctionCallDataset(Dataset[Batch]):
         return np.minimum(padded, self.block_size) - self.prefix_length
 
     def __getitem__(self, rows: list[int]) -> Batch:
+        return self._packed_batch(rows) if self.is_packed else self._padded_batch(rows)
+
+    def _packed_batch(self, rows: list[int]) -> Batch:
+        P = self.prefix_length
+        lengths = self.lengths[rows] - 1 - P  # inputs after the prefix
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        total = int(starts[-1])
+        # Rounded up, by less than 256 tokens or 1/32, to few shapes to compile for.
+        multiple = max(256, 1 << max(0, total.bit_length() - 6))
+        at = np.arange(total) - np.repeat(starts[:-1], lengths)  # in the row
+        source = np.repeat(self.starts[rows] + P, lengths) + at
+        ids = np.full(-(-(P + total) // multiple) * multiple - P, PAD)
+        ids[:total] = self.ids[source]
+        is_trained = at >= np.repeat(self.prompt_lengths[rows] - 1 - P, lengths)
+        return Batch(
+            torch.from_numpy(self.row_ids(rows[0])[:P].astype(np.int64)),
+            torch.from_numpy(ids),
+            torch.from_numpy(np.flatnonzero(is_trained)),
+            torch.from_numpy(self.ids[source[is_trained] + 1].astype(np.int64)),
+            [int(row) for row in rows],
+            lengths.tolist(),
+            torch.from_numpy(starts),
+        )
+
+    def _padded_batch(self, rows: list[int]) -> Batch:
         P = self.prefix_length
         lengths = self.lengths[rows] - 1 - P  # inputs after the prefix
         at = np.arange(self._padded(self.lengths[rows]).max())

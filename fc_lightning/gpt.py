@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -154,6 +155,19 @@ class CausalSelfAttention(nn.Module):
         y = torch.cat([part.transpose(1, 2).reshape(-1, H * D) for part in (first_y, row_y)])
         return self.resid_dropout(self.c_proj(y))
 
+    def forward_packed(self, x: Tensor, blocks: Tensor, prefix_length: int) -> Tensor:
+        """The same for rows of any lengths, end to end; see `kernels.packed_attention`."""
+        from fc_lightning.kernels import packed_attention  # Triton is not everywhere
+
+        y = packed_attention(
+            self.c_attn(x),
+            blocks,
+            num_heads=self.n_head,
+            prefix_length=prefix_length,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.resid_dropout(self.c_proj(y))
+
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
@@ -208,6 +222,10 @@ class Block(nn.Module):
 
     def forward_shared(self, x: Tensor, num_rows: int, is_visible: Tensor) -> Tensor:
         x = x + self.attn.forward_shared(self.ln_1(x), num_rows, is_visible)
+        return x + self.mlp(self.ln_2(x))
+
+    def forward_packed(self, x: Tensor, blocks: Tensor, prefix_length: int) -> Tensor:
+        x = x + self.attn.forward_packed(self.ln_1(x), blocks, prefix_length)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -311,6 +329,45 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = run_block(block, x, B, is_visible)
         return self.transformer.ln_f(x[P:]).view(B, T, -1)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether `hidden_states_packed` can be computed: on a GPU of 2020 or later, by Triton."""
+        weight = self.lm_head.weight
+        if not weight.is_cuda or find_spec("triton") is None:
+            return False
+        is_new = torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        return is_new and self.config.n_embd // self.config.n_head <= 128  # what tiles can hold
+
+    def hidden_states_packed(
+        self,
+        prefix: Tensor,
+        ids: Tensor,
+        starts: Tensor,
+        *,
+        run_block: Callable[..., Tensor] = Block.forward_packed,
+    ) -> Tensor:
+        """States (N, C) of rows that lie end to end in `ids` (N,) and all follow one prefix (P,).
+
+        The same as `hidden_states_after`, but nothing is padded. Row i begins at `starts`[i],
+        (B + 1,), and the last of them is where the last row ends; what comes after it is of no
+        use to anyone. The prefix may be empty.
+        """
+        from fc_lightning.kernels import attention_blocks
+
+        P, N = len(prefix), len(ids)
+        blocks = attention_blocks(starts, prefix_length=P, num_tokens=N)
+        at = torch.arange(N, device=ids.device)
+        # After the last row, positions are as good as any, so long as there are such.
+        positions = (at - starts[torch.searchsorted(starts, at, right=True) - 1]) % (
+            self.config.block_size - P
+        )
+        positions = torch.cat([torch.arange(P, device=ids.device), positions + P])
+        tokens = self.transformer.wte(torch.cat([prefix, ids]))
+        x = self.transformer.drop(tokens + self.transformer.wpe(positions))
+        for block in self.transformer.h:
+            x = run_block(block, x, blocks, P)
+        return self.transformer.ln_f(x[P:])
 
     def num_parameters(self) -> int:
         """How many weights, the tied head counted once; position embeddings included."""

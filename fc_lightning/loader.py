@@ -38,7 +38,8 @@ class LengthBatchSampler(Sampler[list[int]]):
     Every row is in exactly one batch of an epoch. A batch has `batch_size` rows, or as many as
     times the longest of their `lengths` make at most `max_tokens`. With several ranks, a batch of
     as many times the size is dealt out over them (so one may hold a row too many), and together
-    the ranks see exactly what one process with the larger batch sees.
+    the ranks see exactly what one process with the larger batch sees. Without `sort_by_length`
+    rows of any lengths meet, as they may where they are packed; `max_tokens` always sorts.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         max_tokens: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        sort_by_length: bool = True,
         num_ranks: int = 1,
         rank: int = 0,
     ) -> None:
@@ -61,7 +63,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         if shuffle and len(lengths) < num_ranks:
             raise DataError(f"{len(lengths)} training rows can't be shared by {num_ranks} ranks")
         self.lengths, self.batch_size, self.max_tokens = lengths, batch_size, max_tokens
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.sort_by_length = seed, shuffle, sort_by_length
         self.num_ranks, self.rank = num_ranks, rank
         self.epoch = self.first_batch = 0
 
@@ -78,6 +80,7 @@ class LengthBatchSampler(Sampler[list[int]]):
             "max_tokens": self.max_tokens,
             "num_ranks": self.num_ranks,
             "seed": self.seed,
+            "sort_by_length": self.sort_by_length,
         }
 
     def __len__(self) -> int:
@@ -101,6 +104,8 @@ class LengthBatchSampler(Sampler[list[int]]):
             return np.argsort(self.lengths, kind="stable")
         random = np.random.default_rng((self.seed, self.epoch, 1))
         order = random.permutation(len(self.lengths))
+        if self.batch_size and not self.sort_by_length:
+            return order
         chunk = 50 * self.batch_size * self.num_ranks if self.batch_size else len(order)
         chunks = [order[i : i + chunk] for i in range(0, len(order), chunk)]
         return np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
@@ -235,6 +240,7 @@ def make_loader(
     max_tokens: int | None = None,
     seed: int,
     shuffle: bool,
+    sort_by_length: bool = True,
     num_workers: int,
 ) -> BatchLoader:
     """A loader of this rank's share of batches; `trainer`, if there is one, says which rank."""
@@ -244,6 +250,7 @@ def make_loader(
         max_tokens=max_tokens,
         seed=seed,
         shuffle=shuffle,
+        sort_by_length=sort_by_length,
         num_ranks=trainer.world_size if trainer else 1,
         rank=trainer.global_rank if trainer else 0,
     )

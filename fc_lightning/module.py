@@ -60,7 +60,8 @@ class FunctionCallModule(L.LightningModule):
         muon_lr: Muon's peak learning rate; it follows the same schedule.
         dropout: probability, wherever GPT-2 has it.
         compile: run the training network through torch.compile (a minute, once; needs a C++
-            compiler, or Triton on a GPU). Evaluation stays as it is.
+            compiler, or Triton on a GPU, where it is launched as CUDA graphs). Evaluation stays
+            as it is.
 
     Raises:
         CheckpointError: pretrained_dir can't be read, or is no GPT-2.
@@ -119,18 +120,35 @@ class FunctionCallModule(L.LightningModule):
         """Positions of the model: the longest row it can read."""
         return self.gpt.config.block_size
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether batches of packed rows can be read, now and where the model is."""
+        return self.gpt.can_pack
+
     # ---------------------------------------------------------------- loss
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """Cross-entropy summed over the trained tokens of a batch, in nats, ()."""
-        run = _compiled if self.training and self.hparams.compile else _as_it_is
-        if batch.prefix.numel():
+        """Cross-entropy summed over the trained tokens of a batch, in nats, ().
+
+        Compiled and on a GPU, its gradients must be computed before it is called again.
+        """
+        run: Callable[..., Any] = _as_it_is
+        if self.training and self.hparams.compile:
+            is_graphed = self.device.type == "cuda"
+            run = functools.partial(_compiled, is_graphed=is_graphed)
+            if is_graphed:
+                torch.compiler.cudagraph_mark_step_begin()
+        if batch.starts is not None:
+            hidden = self.gpt.hidden_states_packed(
+                batch.prefix, batch.ids, batch.starts, run_block=run(Block.forward_packed)
+            )  # (R, C)
+        elif batch.prefix.numel():
             hidden = self.gpt.hidden_states_after(
                 batch.prefix, batch.ids, run_block=run(Block.forward_shared)
             )  # (B, T, C)
         else:
             hidden = self.gpt.hidden_states(batch.ids, run_block=run(Block.forward))
-        trained = hidden.flatten(0, 1).index_select(0, batch.trained_at)  # (N, C)
+        trained = hidden.flatten(0, -2).index_select(0, batch.trained_at)  # (N, C)
         return head_cross_entropy_sum(trained, self.gpt.lm_head.weight, batch.targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -158,6 +176,22 @@ class FunctionCallModule(L.LightningModule):
             # Filled in on the device; Lightning would copy it there, which waits for a GPU.
             self.log(name, torch.full((), value, device=self.device))
         self._start_window()
+
+    def optimizer_zero_grad(
+        self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Drop the gradients, or where several batches add to them, keep their memory.
+
+        Memory that a CUDA graph computed a gradient in lasts until the next forward pass.
+        """
+        keep = self.trainer.accumulate_grad_batches > 1
+        for parameter in self.parameters():
+            if not keep:
+                parameter.grad = None
+            elif parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if keep:
+            optimizer.zero_grad(set_to_none=False)
 
     def configure_gradient_clipping(
         self,
@@ -346,11 +380,15 @@ class FunctionCallModule(L.LightningModule):
 
 
 @functools.cache
-def _compiled(run_block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(run_block: Callable[..., Tensor], is_graphed: bool) -> Callable[..., Tensor]:
     """Compiled for each shape it meets: one block in seconds, where the whole network takes half a
-    minute. Shapes are static: with dynamic ones torch 2.11 fails in LayerNorm's backward."""
+    minute. Shapes are static: with dynamic ones torch 2.11 fails in LayerNorm's backward.
+
+    Graphed, each block's kernels are launched at once, by a CUDA graph: with few rows, a GPU
+    computes them sooner than a host launches them one by one."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(run_block, dynamic=False, fullgraph=True)
+    mode = "reduce-overhead" if is_graphed else None
+    return torch.compile(run_block, dynamic=False, fullgraph=True, mode=mode)
 
 
 def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

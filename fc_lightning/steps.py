@@ -8,6 +8,7 @@ Shapes: B rows, T tokens a row, V vocabulary.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ class Step(NamedTuple):
     """A batch on the device, whose gradients `add_gradients` adds to those of the weights."""
 
     rows: list[int]  # of the dataset
-    shape: tuple[int, int]  # (B, T) as the network sees it; each one may be compiled anew
+    shape: tuple[int, ...]  # (B, T), or of packed rows (R,); each one may be compiled anew
     add_gradients: Callable[[], None]
 
 
@@ -63,20 +64,27 @@ def endless_steps(
     )
 
 
-def warm_up(steps: Iterator[Step], num_steps: int) -> None:
-    """Compute and compile once for each shape among the next `num_steps`; adds gradients."""
-    seen = set()
+def warm_up(steps: Iterator[Step], num_steps: int, optimizer: torch.optim.Optimizer) -> None:
+    """Compute each shape among the next `num_steps` as often as it takes to be fast.
+
+    Once to compile it, once to record it as CUDA graphs, once to replay them. Leaves no gradients.
+    """
+    times = collections.Counter[tuple[int, ...]]()
     for step in itertools.islice(steps, num_steps):
-        if step.shape not in seen:
+        for _ in range(3 - times[step.shape]):
             step.add_gradients()
-        seen.add(step.shape)
+            optimizer.zero_grad()
+            times[step.shape] += 1
 
 
 # ---------------------------------------------------------------- ours
 
 
 def _our_steps(module: Any, dataset: FunctionCallDataset, batch_size: int) -> Iterator[Step]:
-    sampler = LengthBatchSampler(dataset.lengths, batch_size=batch_size)
+    dataset.is_packed = module.can_pack
+    sampler = LengthBatchSampler(
+        dataset.lengths, batch_size=batch_size, sort_by_length=not dataset.is_packed
+    )
     loader = BatchLoader(dataset, sampler, pin_memory=module.device.type == "cuda")
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
@@ -84,7 +92,7 @@ def _our_steps(module: Any, dataset: FunctionCallDataset, batch_size: int) -> It
             if len(batch.rows) == batch_size:
                 on_device = batch.to(module.device)
                 add = functools.partial(_add_our_gradients, module, on_device)
-                yield Step(batch.rows, (batch_size, batch.ids.size(1)), add)
+                yield Step(batch.rows, tuple(batch.ids.shape), add)
 
 
 def _add_our_gradients(module: Any, batch: Batch) -> None:

@@ -7,6 +7,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # asked when Triton is imported, so before any test
+
 torch.set_num_threads(1)
 
 

@@ -1,10 +1,11 @@
 """Rows to tokens, masks and batches, and the order of an epoch; all of it exact."""
 
 import json
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import example
@@ -140,6 +141,37 @@ def test_collation_of_any_lengths_puts_rows_together_again(lengths, data):
         trained = batch.is_trained[i].nonzero().flatten() + len(batch.prefix)
         assert trained.tolist() == list(range(num_prompt - 1, len(ids) - 1))
     assert batch.num_tokens == sum(int(dataset.lengths[row]) - 1 for row in rows)
+
+
+@given(st.lists(st.integers(0, 14), min_size=1, max_size=40))
+@settings(deadline=None)
+def test_packed_rows_are_the_padded_ones_without_their_padding(rows):
+    dataset = dataset_of(*(example(i) for i in range(15)))
+    padded = dataset[rows]
+    dataset.is_packed = True
+    packed = dataset[rows]
+    assert packed.rows == padded.rows and packed.lengths == padded.lengths
+    assert packed.num_tokens == padded.num_tokens
+    assert torch.equal(packed.prefix, padded.prefix) and torch.equal(packed.targets, padded.targets)
+    bounds = packed.starts.tolist()
+    assert bounds[0] == 0 and len(bounds) == len(rows) + 1
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        assert end - start == padded.lengths[i]
+        for of_packed, of_padded in zip(
+            (packed.ids, packed.is_trained), (padded.ids, padded.is_trained), strict=True
+        ):
+            assert torch.equal(of_packed[start:end], of_padded[i, : end - start])
+    rest = packed.ids[bounds[-1] :]
+    assert (rest == PAD).all() and not packed.is_trained[bounds[-1] :].any() and len(rest) < 256
+    assert (len(packed.prefix) + len(packed.ids)) % 256 == 0
+
+
+def test_packed_batches_of_many_rows_have_few_shapes_and_little_padding():
+    dataset = dataset_of(*(example(i) for i in range(600)))
+    dataset.is_packed = True
+    batches = [dataset[torch.randperm(600)[:300].tolist()] for _ in range(20)]
+    assert len({batch.ids.shape for batch in batches}) <= 4
+    assert all(sum(batch.lengths) > len(batch.ids) * 31 / 32 - 1 for batch in batches)
 
 
 def test_rows_longer_than_the_block_are_left_out_whole_and_listed():

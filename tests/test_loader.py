@@ -36,9 +36,11 @@ def epoch_of(lengths, *, epoch=0, num_ranks=1, **options):
     | st.fixed_dictionaries({"max_tokens": st.integers(100, 500)}),
     st.integers(1, 4),
     st.booleans(),
+    st.booleans(),
 )
 @settings(deadline=None)
-def test_each_row_is_in_exactly_one_batch_of_one_rank(lengths, limit, num_ranks, shuffle):
+def test_each_row_is_in_exactly_one_batch_of_one_rank(lengths, limit, num_ranks, shuffle, sort):
+    limit = limit | {"sort_by_length": sort}
     if shuffle and len(lengths) < num_ranks:
         with pytest.raises(DataError, match="can't be shared by"):
             epoch_of(np.array(lengths), num_ranks=num_ranks, **limit)
@@ -87,6 +89,15 @@ def test_an_epochs_order_follows_from_seed_and_epoch_alone():
     assert first == epoch_of(lengths, batch_size=4, seed=1, epoch=2)
     assert first != epoch_of(lengths, batch_size=4, seed=1, epoch=3)
     assert first != epoch_of(lengths, batch_size=4, seed=2, epoch=2)
+
+
+def test_without_sorting_rows_of_any_lengths_meet_and_a_budget_sorts_them_all_the_same():
+    lengths = np.arange(1, 401)
+    (batches,) = epoch_of(lengths, batch_size=8, sort_by_length=False)
+    assert np.median([np.ptp(lengths[rows]) for rows in batches]) > 200
+    assert epoch_of(lengths, batch_size=8, sort_by_length=False, epoch=1) != [batches]
+    budget = {"max_tokens": 2000}
+    assert epoch_of(lengths, sort_by_length=False, **budget) == epoch_of(lengths, **budget)
 
 
 def test_rows_of_a_batch_are_of_like_length():

@@ -188,10 +188,8 @@ class FunctionCallDataset(Dataset[Batch]):
         """Encode `rows`; those with more than `block_size` tokens are left out, never cut.
 
         `too_long` lists what was left out, with the number of tokens each row needs. Batches are
-        padded so that P + T is a multiple of `pad_to_multiple_of`, or `block_size`; or packed, if
-        `is_packed` is set.
+        padded so that P + T is a multiple of `pad_to_multiple_of`, or `block_size`.
         """
-        self.is_packed = False
         encoded = [encode_example(row.example) for row in rows]
         # The last id is a target only, so a row of L ids needs L - 1 positions.
         fits = [len(e.ids) - 1 <= block_size for e in encoded]
@@ -225,10 +223,8 @@ class FunctionCallDataset(Dataset[Batch]):
         padded = -(-(lengths - 1) // self.multiple) * self.multiple
         return np.minimum(padded, self.block_size) - self.prefix_length
 
-    def __getitem__(self, rows: list[int]) -> Batch:
-        return self._packed_batch(rows) if self.is_packed else self._padded_batch(rows)
-
-    def _packed_batch(self, rows: list[int]) -> Batch:
+    def packed(self, rows: list[int]) -> Batch:
+        """The batch of `rows` with all of them end to end, for `GPT.hidden_states_packed`."""
         P = self.prefix_length
         lengths = self.lengths[rows] - 1 - P  # inputs after the prefix
         starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -250,7 +246,7 @@ class FunctionCallDataset(Dataset[Batch]):
             torch.from_numpy(starts),
         )
 
-    def _padded_batch(self, rows: list[int]) -> Batch:
+    def __getitem__(self, rows: list[int]) -> Batch:
         P = self.prefix_length
         lengths = self.lengths[rows] - 1 - P  # inputs after the prefix
         at = np.arange(self._padded(self.lengths[rows]).max())

@@ -334,7 +334,7 @@ class GPT(nn.Module):
     def can_pack(self) -> bool:
         """Whether `hidden_states_packed` can be computed: on a GPU of 2020 or later, by Triton."""
         weight = self.lm_head.weight
-        if not weight.is_cuda or find_spec("triton") is None:
+        if not weight.is_cuda or weight.dtype == torch.float64 or find_spec("triton") is None:
             return False
         is_new = torch.cuda.get_device_capability(weight.device) >= (8, 0)
         return is_new and self.config.n_embd // self.config.n_head <= 128  # what tiles can hold

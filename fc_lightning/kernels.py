@@ -62,7 +62,10 @@ def packed_attention(
     row up to itself. `blocks` are those of `attention_blocks`. Attention weights are dropped with
     probability `dropout`.
     """
-    seed = torch.randint(2**31 - 1, (1,), device=qkv.device)
+    # Without dropout it isn't read, and to draw it would move the random state.
+    seed = torch.empty(1, dtype=torch.int64, device=qkv.device)
+    if dropout:
+        seed = torch.randint(2**31 - 1, (1,), device=qkv.device)
     return _PackedAttention.apply(qkv, blocks, seed, num_heads, prefix_length, dropout)
 
 
@@ -110,8 +113,8 @@ class _PackedAttention(torch.autograd.Function):
             BLOCKS_A_SPLIT=_BLOCKS_A_SPLIT,
             **options,
         )
-        # By a kernel, since torch.compile would copy all gradients to set a few of them.
-        _sum_splits[(P,)](d_prefix, d_qkv, splits, P, C=C, BLOCK=triton.next_power_of_2(2 * C))
+        if P:  # by a kernel: torch.compile would copy all gradients to set a few of them
+            _sum_splits[(P,)](d_prefix, d_qkv, splits, P, C=C, BLOCK=triton.next_power_of_2(2 * C))
         return d_qkv, None, None, None, None, None
 
 

@@ -1,7 +1,7 @@
 """Which rows go into which batch, in an order that can be resumed from any point of an epoch.
 
-Batches hold rows of like length, and are the same for any number of workers. What a batch of rows
-looks like is dataset.py's business, or textdata.py's.
+Batches hold rows of like length, or of any where they are packed, and are the same for any number
+of workers. What a batch of rows looks like is dataset.py's business, or textdata.py's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class LengthBatchSampler(Sampler[list[int]]):
     times the longest of their `lengths` make at most `max_tokens`. With several ranks, a batch of
     as many times the size is dealt out over them (so one may hold a row too many), and together
     the ranks see exactly what one process with the larger batch sees. Without `sort_by_length`
-    rows of any lengths meet, as they may where they are packed; `max_tokens` always sorts.
+    rows of any lengths meet, as they may where they are packed: batches then have few shapes.
+    A budget of tokens always sorts.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class LengthBatchSampler(Sampler[list[int]]):
             yield order[start:stop][self.rank :: self.num_ranks].tolist()
 
     def _order(self) -> np.ndarray:
-        """All rows, sorted by length: shuffled within 50 batches, or where lengths are equal.
+        """All rows, sorted by length within 50 batches of shuffled ones, or not at all.
 
         A budget of tokens has one sorted whole, so that each epoch has as many batches.
         """
@@ -142,12 +143,12 @@ def _budget(lengths: np.ndarray, max_tokens: int) -> list[int]:
 class _WithEmptyBatches(Dataset[Batch]):
     """A dataset of batches that has one for no rows too, so that ranks never wait in vain."""
 
-    def __init__(self, batches: Dataset[Batch]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Any, is_packed: bool) -> None:
+        self.batches, self.is_packed = batches, is_packed
 
     def __getitem__(self, rows: list[int]) -> Batch:
         if rows:
-            return self.batches[rows]
+            return self.batches.packed(rows) if self.is_packed else self.batches[rows]
         nothing = torch.empty(0, dtype=torch.int64)
         return Batch(nothing, nothing.view(0, 0), nothing, nothing, [], [])
 
@@ -169,10 +170,11 @@ class BatchLoader:
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
+        is_packed: bool = False,
     ) -> None:
         # One index of this "dataset" is a whole batch, so the batch sampler samples "rows".
         self._loader: DataLoader[Batch] = DataLoader(
-            _WithEmptyBatches(dataset),
+            _WithEmptyBatches(dataset, is_packed),
             batch_size=None,
             sampler=sampler,  # type: ignore[arg-type]
             # Its own generator: seeding workers must not move the global random state.
@@ -202,7 +204,7 @@ class BatchLoader:
         if state is None or state["epoch"] != self.sampler.epoch:
             return 0
         for name, value in self.sampler.identity.items():
-            if (before := state["order"].get(name)) != value:
+            if (before := state["order"].get(name, value)) != value:
                 raise DataError(
                     f"the checkpoint stands in mid-epoch, after {state['num_yielded']} batches "
                     f"drawn with {name} {before}, but {name} is {value} now; resume with the same, "
@@ -240,8 +242,8 @@ def make_loader(
     max_tokens: int | None = None,
     seed: int,
     shuffle: bool,
-    sort_by_length: bool = True,
     num_workers: int,
+    is_packed: bool = False,
 ) -> BatchLoader:
     """A loader of this rank's share of batches; `trainer`, if there is one, says which rank."""
     sampler = LengthBatchSampler(
@@ -250,7 +252,7 @@ def make_loader(
         max_tokens=max_tokens,
         seed=seed,
         shuffle=shuffle,
-        sort_by_length=sort_by_length,
+        sort_by_length=not is_packed,
         num_ranks=trainer.world_size if trainer else 1,
         rank=trainer.global_rank if trainer else 0,
     )
@@ -259,4 +261,5 @@ def make_loader(
         sampler,
         num_workers=num_workers,
         pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        is_packed=is_packed,
     )

@@ -130,7 +130,11 @@ class FunctionCallModule(L.LightningModule):
     def loss_sum(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the trained tokens of a batch, in nats, ().
 
-        Compiled and on a GPU, its gradients must be computed before it is called again.
+        Compiled and on a GPU, its gradients must be computed, used and dropped before it is called
+        again, unless they were added to gradients already there (`optimizer_zero_grad`).
+
+        Raises:
+            ValueError: a packed row has more tokens than the model has positions.
         """
         run: Callable[..., Any] = _as_it_is
         if self.training and self.hparams.compile:
@@ -139,6 +143,10 @@ class FunctionCallModule(L.LightningModule):
             if is_graphed:
                 torch.compiler.cudagraph_mark_step_begin()
         if batch.starts is not None:
+            if (longest := len(batch.prefix) + max(batch.lengths)) > self.block_size:
+                raise ValueError(
+                    f"a row of {longest} tokens, but the model has {self.block_size} positions"
+                )
             hidden = self.gpt.hidden_states_packed(
                 batch.prefix, batch.ids, batch.starts, run_block=run(Block.forward_packed)
             )  # (R, C)
@@ -184,14 +192,12 @@ class FunctionCallModule(L.LightningModule):
 
         Memory that a CUDA graph computed a gradient in lasts until the next forward pass.
         """
-        keep = self.trainer.accumulate_grad_batches > 1
-        for parameter in self.parameters():
-            if not keep:
-                parameter.grad = None
-            elif parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if keep:
-            optimizer.zero_grad(set_to_none=False)
+        is_kept = self.trainer.accumulate_grad_batches > 1
+        if is_kept:
+            for parameter in self.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        optimizer.zero_grad(set_to_none=not is_kept)
 
     def configure_gradient_clipping(
         self,
@@ -386,7 +392,7 @@ def _compiled(run_block: Callable[..., Tensor], is_graphed: bool) -> Callable[..
 
     Graphed, each block's kernels are launched at once, by a CUDA graph: with few rows, a GPU
     computes them sooner than a host launches them one by one."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     mode = "reduce-overhead" if is_graphed else None
     return torch.compile(run_block, dynamic=False, fullgraph=True, mode=mode)
 

@@ -32,7 +32,10 @@ Way = Literal["reference", "longest", "ours"]
 
 
 class Step(NamedTuple):
-    """A batch on the device, whose gradients `add_gradients` adds to those of the weights."""
+    """A batch on the device, whose gradients `add_gradients` adds to those of the weights.
+
+    Of ours on a GPU, gradients must be used and dropped before the next step's are computed.
+    """
 
     rows: list[int]  # of the dataset
     shape: tuple[int, ...]  # (B, T), or of packed rows (R,); each one may be compiled anew
@@ -81,11 +84,11 @@ def warm_up(steps: Iterator[Step], num_steps: int, optimizer: torch.optim.Optimi
 
 
 def _our_steps(module: Any, dataset: FunctionCallDataset, batch_size: int) -> Iterator[Step]:
-    dataset.is_packed = module.can_pack
     sampler = LengthBatchSampler(
-        dataset.lengths, batch_size=batch_size, sort_by_length=not dataset.is_packed
+        dataset.lengths, batch_size=batch_size, sort_by_length=not module.can_pack
     )
-    loader = BatchLoader(dataset, sampler, pin_memory=module.device.type == "cuda")
+    on_gpu = module.device.type == "cuda"
+    loader = BatchLoader(dataset, sampler, pin_memory=on_gpu, is_packed=module.can_pack)
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
         for batch in loader:

@@ -148,8 +148,7 @@ def test_collation_of_any_lengths_puts_rows_together_again(lengths, data):
 def test_packed_rows_are_the_padded_ones_without_their_padding(rows):
     dataset = dataset_of(*(example(i) for i in range(15)))
     padded = dataset[rows]
-    dataset.is_packed = True
-    packed = dataset[rows]
+    packed = dataset.packed(rows)
     assert packed.rows == padded.rows and packed.lengths == padded.lengths
     assert packed.num_tokens == padded.num_tokens
     assert torch.equal(packed.prefix, padded.prefix) and torch.equal(packed.targets, padded.targets)
@@ -168,8 +167,7 @@ def test_packed_rows_are_the_padded_ones_without_their_padding(rows):
 
 def test_packed_batches_of_many_rows_have_few_shapes_and_little_padding():
     dataset = dataset_of(*(example(i) for i in range(600)))
-    dataset.is_packed = True
-    batches = [dataset[torch.randperm(600)[:300].tolist()] for _ in range(20)]
+    batches = [dataset.packed(torch.randperm(600)[:300].tolist()) for _ in range(20)]
     assert len({batch.ids.shape for batch in batches}) <= 4
     assert all(sum(batch.lengths) > len(batch.ids) * 31 / 32 - 1 for batch in batches)
 

@@ -155,6 +155,14 @@ def test_rows_have_one_loss_with_and_without_the_shared_prefix():
     assert with_prefix.item() == pytest.approx(without.item(), rel=1e-12)
 
 
+def test_a_packed_row_longer_than_the_model_is_refused():
+    rows = [Row(example(0), "train.json", 0)]
+    batch = FunctionCallDataset(rows, block_size=192).packed([0])
+    module = FunctionCallModule(n_layer=1, n_head=1, n_embd=8, block_size=64)
+    with pytest.raises(ValueError, match=r"a row of 1\d\d tokens, but the model has 64 positions"):
+        module.loss_sum(batch)
+
+
 class Syncs(TorchDispatchMode):
     """Notes who asks for the value of a tensor, which on a GPU waits for all work before it."""
 

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fc_lightning import cli
 from fc_lightning.dataset import DataError
-from fc_lightning.module import FunctionCallModule
+from fc_lightning.module import FunctionCallModule, _compiled
 from fc_lightning.textdata import TextDataModule, TextWindows, cut_windows, read_documents
 from fc_lightning.tokenizer import get_encoding
 
@@ -186,8 +186,8 @@ def test_loss_of_text_is_the_mean_cross_entropy_of_all_positions(tmp_path):
 def test_compiled_training_is_one_graph_with_the_same_gradients(tmp_path, monkeypatch):
     # Without generated code, which would take a C++ compiler and half a minute.
     compiler = CompileCounterWithBackend("aot_eager")
-    compile = functools.partial(torch.compile, backend=compiler, fullgraph=True)
-    monkeypatch.setattr("fc_lightning.module._compiled", functools.cache(compile))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    _compiled.cache_clear()
     data = TextDataModule({shard(tmp_path, 200): 1}, [], batch_size=4, block_size=8)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -199,6 +199,7 @@ def test_compiled_training_is_one_graph_with_the_same_gradients(tmp_path, monkey
     assert compiler.frame_count == 1
     compiled.eval().loss_sum(batch)
     assert compiler.frame_count == 1  # evaluation is not compiled
+    _compiled.cache_clear()
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):

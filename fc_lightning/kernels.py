@@ -153,6 +153,7 @@ def _forward(
     PRECISION: tl.constexpr,
 ):
     head = tl.program_id(1)
+    # Loaded here: from a helper, torch.compile would take `blocks` for written (see _num_keys).
     block = blocks + 3 * tl.program_id(0)
     row, start, end = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     tokens = start + tl.arange(0, BLOCK)
@@ -168,7 +169,7 @@ def _forward(
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (SCALE * 1.4426950409)
         is_visible = (keys[None, :] <= tokens[:, None]) & (keys < key_end)[None, :]
         scores = tl.where(is_visible, scores, -float("inf"))
-        new = tl.maximum(highest, tl.max(scores, 1))  # every query sees key 0: never -inf
+        new = tl.maximum(highest, tl.max(scores, 1))  # every query sees the first: never -inf
         weights = tl.exp2(scores - new[:, None])
         decay = tl.exp2(highest - new)
         total = total * decay + tl.sum(weights, 1)

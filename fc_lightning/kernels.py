@@ -12,7 +12,6 @@ together; M blocks of tokens; V vocabulary.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class _PackedAttention(torch.autograd.Function):
         y = qkv.new_empty(N, C)
         lse = torch.empty(num_heads, N, device=qkv.device)
         options = _options(qkv, num_heads, dropout)
-        _forward[(len(blocks), num_heads)](qkv, blocks, y, lse, seed, N, P, dropout, **options)
+        _forward[(len(blocks), num_heads)](qkv, blocks, y, lse, seed, N, P, **options)
         ctx.save_for_backward(qkv, blocks, y, lse, seed)
         ctx.num_heads, ctx.P, ctx.dropout = num_heads, P, dropout
         return y
@@ -92,7 +91,7 @@ class _PackedAttention(torch.autograd.Function):
         options = _options(qkv, H, dropout)
         d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
         _backward_queries[(len(blocks), H)](
-            qkv, blocks, y, d_y, lse, delta, d_qkv, seed, N, P, dropout, **options
+            qkv, blocks, y, d_y, lse, delta, d_qkv, seed, N, P, **options
         )
         prefix_blocks = -(-P // _BLOCK)
         splits = -(-N // (_BLOCK * _BLOCKS_A_SPLIT))
@@ -108,7 +107,6 @@ class _PackedAttention(torch.autograd.Function):
             seed,
             N,
             P,
-            dropout,
             splits,
             BLOCKS_A_SPLIT=_BLOCKS_A_SPLIT,
             **options,
@@ -125,10 +123,7 @@ def _options(qkv: Tensor, num_heads: int, dropout: float) -> dict[str, Any]:
         "D": C // num_heads,
         "WIDTH": max(16, triton.next_power_of_2(C // num_heads)),
         "BLOCK": _BLOCK,
-        "SCALE": 1 / math.sqrt(C // num_heads),
-        "IS_DROPPED": dropout > 0,
-        # For 32 bits, products as exact as those of the layers around.
-        "PRECISION": "ieee" if qkv.dtype == torch.float32 else "tf32",
+        "DROPOUT": dropout,
         "num_warps": 2,
         "num_stages": 2,
     }
@@ -143,14 +138,11 @@ def _forward(
     seed,
     N,
     P,
-    dropout,
     C: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
-    IS_DROPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     head = tl.program_id(1)
     # Loaded here: from a helper, torch.compile would take `blocks` for written (see _num_keys).
@@ -164,19 +156,17 @@ def _forward(
     num_first, num_keys = _num_keys(row, start, end, P, BLOCK)
     for i in range(0, num_keys):
         keys, key_end = _keys_of(i, num_first, row, end, P, BLOCK)
-        key = _load(qkv + C + head * D, keys, key_end, 3 * C, D, WIDTH)
-        value = _load(qkv + 2 * C + head * D, keys, key_end, 3 * C, D, WIDTH)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (SCALE * 1.4426950409)
+        key, value = _keys_and_values(qkv + head * D, keys, key_end, C, D, WIDTH)
         is_visible = (keys[None, :] <= tokens[:, None]) & (keys < key_end)[None, :]
-        scores = tl.where(is_visible, scores, -float("inf"))
+        scores = _scores(query, key, is_visible, D)
         new = tl.maximum(highest, tl.max(scores, 1))  # every query sees the first: never -inf
         weights = tl.exp2(scores - new[:, None])
         decay = tl.exp2(highest - new)
         total = total * decay + tl.sum(weights, 1)
-        if IS_DROPPED:
-            weights *= _kept(seed, (head * N + tokens)[:, None], keys[None, :], dropout)
+        if DROPOUT > 0:
+            weights *= _kept(seed, (head * N + tokens)[:, None], keys[None, :], DROPOUT)
         states = states * decay[:, None]
-        states += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+        states += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         highest = new
     _store(y + head * D, states / total[:, None], tokens, end, C, D, WIDTH)
     tl.store(lse + head * N + tokens, highest + tl.log2(total), mask=tokens < end)
@@ -194,14 +184,11 @@ def _backward_queries(
     seed,
     N,
     P,
-    dropout,
     C: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
-    IS_DROPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     head = tl.program_id(1)
     block = blocks + 3 * tl.program_id(0)
@@ -217,17 +204,15 @@ def _backward_queries(
     num_first, num_keys = _num_keys(row, start, end, P, BLOCK)
     for i in range(0, num_keys):
         keys, key_end = _keys_of(i, num_first, row, end, P, BLOCK)
-        key = _load(qkv + C + head * D, keys, key_end, 3 * C, D, WIDTH)
-        value = _load(qkv + 2 * C + head * D, keys, key_end, 3 * C, D, WIDTH)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (SCALE * 1.4426950409)
+        key, value = _keys_and_values(qkv + head * D, keys, key_end, C, D, WIDTH)
         is_visible = (keys[None, :] <= tokens[:, None]) & (keys < key_end)[None, :]
-        weights = tl.where(is_visible, tl.exp2(scores - norm[:, None]), 0.0)
-        d_weights = tl.dot(d_states, tl.trans(value), input_precision=PRECISION)
-        if IS_DROPPED:
-            d_weights *= _kept(seed, (head * N + tokens)[:, None], keys[None, :], dropout)
+        weights = tl.exp2(_scores(query, key, is_visible, D) - norm[:, None])
+        d_weights = tl.dot(d_states, tl.trans(value), input_precision="ieee")
+        if DROPOUT > 0:
+            d_weights *= _kept(seed, (head * N + tokens)[:, None], keys[None, :], DROPOUT)
         d_scores = weights * (d_weights - mean[:, None])
-        d_query += tl.dot(d_scores.to(key.dtype), key, input_precision=PRECISION)
-    _store(d_qkv + head * D, d_query * SCALE, tokens, end, 3 * C, D, WIDTH)
+        d_query += tl.dot(d_scores.to(key.dtype), key, input_precision="ieee")
+    _store(d_qkv + head * D, d_query * D**-0.5, tokens, end, 3 * C, D, WIDTH)
 
 
 @triton.jit
@@ -242,16 +227,13 @@ def _backward_keys(
     seed,
     N,
     P,
-    dropout,
     splits,
     BLOCKS_A_SPLIT: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
-    IS_DROPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """The prefix's keys first, which all queries see, a share of these a program; then rows'."""
     head, prefix_blocks = tl.program_id(1), tl.cdiv(P, BLOCK)
@@ -266,8 +248,7 @@ def _backward_keys(
     last = tl.where(is_prefix, tl.minimum(first + BLOCKS_A_SPLIT * BLOCK, N), end)
 
     keys = start + tl.arange(0, BLOCK)
-    key = _load(qkv + C + head * D, keys, end, 3 * C, D, WIDTH)
-    value = _load(qkv + 2 * C + head * D, keys, end, 3 * C, D, WIDTH)
+    key, value = _keys_and_values(qkv + head * D, keys, end, C, D, WIDTH)
     d_key = tl.zeros([BLOCK, WIDTH], tl.float32)
     d_value = tl.zeros([BLOCK, WIDTH], tl.float32)
     for i in range(0, tl.cdiv(last - first, BLOCK)):
@@ -276,24 +257,23 @@ def _backward_keys(
         d_states = _load(d_y + head * D, tokens, last, C, D, WIDTH)
         norm = tl.load(lse + head * N + tokens, mask=tokens < last, other=0.0)
         mean = tl.load(delta + head * N + tokens, mask=tokens < last, other=0.0)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (SCALE * 1.4426950409)
         is_visible = (keys[:, None] <= tokens[None, :]) & (tokens < last)[None, :]
-        weights = tl.where(is_visible, tl.exp2(scores - norm[None, :]), 0.0)  # (keys, queries)
-        d_weights = tl.dot(value, tl.trans(d_states), input_precision=PRECISION)
+        weights = tl.exp2(_scores(key, query, is_visible, D) - norm[None, :])  # (keys, queries)
+        d_weights = tl.dot(value, tl.trans(d_states), input_precision="ieee")
         dropped = weights
-        if IS_DROPPED:
-            kept = _kept(seed, (head * N + tokens)[None, :], keys[:, None], dropout)
+        if DROPOUT > 0:
+            kept = _kept(seed, (head * N + tokens)[None, :], keys[:, None], DROPOUT)
             dropped *= kept
             d_weights *= kept
-        d_value += tl.dot(dropped.to(d_states.dtype), d_states, input_precision=PRECISION)
+        d_value += tl.dot(dropped.to(d_states.dtype), d_states, input_precision="ieee")
         d_scores = weights * (d_weights - mean[None, :])
-        d_key += tl.dot(d_scores.to(query.dtype), query, input_precision=PRECISION)
+        d_key += tl.dot(d_scores.to(query.dtype), query, input_precision="ieee")
     if is_prefix:
         partial = d_prefix + split.to(tl.int64) * P * 2 * C + head * D
-        _store(partial, d_key * SCALE, keys, end, 2 * C, D, WIDTH)
+        _store(partial, d_key * D**-0.5, keys, end, 2 * C, D, WIDTH)
         _store(partial + C, d_value, keys, end, 2 * C, D, WIDTH)
     else:
-        _store(d_qkv + C + head * D, d_key * SCALE, keys, end, 3 * C, D, WIDTH)
+        _store(d_qkv + C + head * D, d_key * D**-0.5, keys, end, 3 * C, D, WIDTH)
         _store(d_qkv + 2 * C + head * D, d_value, keys, end, 3 * C, D, WIDTH)
 
 
@@ -328,6 +308,19 @@ def _keys_of(i, num_first, row, end, P, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _keys_and_values(qkv, tokens, end, C: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    key = _load(qkv + C, tokens, end, 3 * C, D, WIDTH)
+    return key, _load(qkv + 2 * C, tokens, end, 3 * C, D, WIDTH)
+
+
+@triton.jit
+def _scores(a, b, is_visible, D: tl.constexpr):
+    """a @ b.T / sqrt(D), for a softmax of base 2. "ieee": in 32 bits as exact as layers are."""
+    scores = tl.dot(a, tl.trans(b), input_precision="ieee") * (D**-0.5 * 1.4426950409)
+    return tl.where(is_visible, scores, -float("inf"))
+
+
+@triton.jit
 def _load(base, tokens, end, stride: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     at = tl.arange(0, WIDTH)[None, :]
     is_there = (tokens < end)[:, None]
@@ -347,15 +340,15 @@ def _store(base, states, tokens, end, stride: tl.constexpr, D: tl.constexpr, WID
 
 
 @triton.jit
-def _kept(seed, queries, keys, dropout):
+def _kept(seed, queries, keys, DROPOUT: tl.constexpr):
     """What weights are multiplied by, 0 or 1 / (1 - dropout).
 
     A hash of seed, query and key: Wellons's lowbias32, once for a query and once for a weight.
     """
     query = _hash(queries.to(tl.uint32) ^ tl.load(seed).to(tl.uint32))
     x = _hash(query ^ (keys.to(tl.uint32) * 0x9E3779B1))
-    is_kept = (x >> 8).to(tl.float32) * (1.0 / 16777216.0) >= dropout
-    return tl.where(is_kept, 1.0 / (1.0 - dropout), 0.0)
+    is_kept = (x >> 8).to(tl.float32) * (1.0 / 16777216.0) >= DROPOUT
+    return tl.where(is_kept, 1.0 / (1.0 - DROPOUT), 0.0)
 
 
 @triton.jit

@@ -155,18 +155,18 @@ class CausalSelfAttention(nn.Module):
         y = torch.cat([part.transpose(1, 2).reshape(-1, H * D) for part in (first_y, row_y)])
         return self.resid_dropout(self.c_proj(y))
 
-    def forward_packed(self, x: Tensor, blocks: Tensor, prefix_length: int) -> Tensor:
-        """The same for rows of any lengths, end to end; see `kernels.packed_attention`."""
-        from fc_lightning.kernels import packed_attention  # Triton is not everywhere
+    def forward_packed(self, x: Tensor, bounds: Tensor, prefix_length: int) -> Tensor:
+        """The same for rows of any lengths, end to end, but for the dropout of what it returns."""
+        from fc_lightning.packed_attention import packed_attention  # Triton is not everywhere
 
         y = packed_attention(
             self.c_attn(x),
-            blocks,
+            bounds,
             num_heads=self.n_head,
             prefix_length=prefix_length,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.resid_dropout(self.c_proj(y))
+        return self.c_proj(y)
 
 
 def _attend(
@@ -224,9 +224,24 @@ class Block(nn.Module):
         x = x + self.attn.forward_shared(self.ln_1(x), num_rows, is_visible)
         return x + self.mlp(self.ln_2(x))
 
-    def forward_packed(self, x: Tensor, blocks: Tensor, prefix_length: int) -> Tensor:
-        x = x + self.attn.forward_packed(self.ln_1(x), blocks, prefix_length)
-        return x + self.mlp(self.ln_2(x))
+    def forward_packed(
+        self, x: Tensor, branch: Tensor, bounds: Tensor, prefix_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same for packed rows; what is to be added to x comes and goes beside it.
+
+        So sum, dropout and the norm after them are one kernel each time, in the next block too.
+        """
+        dropout = self.attn.dropout if self.training else 0.0
+        x, normed = _add_norm(x, branch, self.ln_1, dropout)
+        branch = self.attn.forward_packed(normed, bounds, prefix_length)
+        x, normed = _add_norm(x, branch, self.ln_2, dropout)
+        return x, self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(normed)))
+
+
+def _add_norm(x: Tensor, branch: Tensor, norm: LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
+    from fc_lightning.kernels import add_norm
+
+    return add_norm(x, branch, norm.weight, norm.bias, dropout)
 
 
 class GPT(nn.Module):
@@ -345,7 +360,7 @@ class GPT(nn.Module):
         ids: Tensor,
         starts: Tensor,
         *,
-        run_block: Callable[..., Tensor] = Block.forward_packed,
+        run_block: Callable[..., tuple[Tensor, Tensor]] = Block.forward_packed,
     ) -> Tensor:
         """States (N, C) of rows that lie end to end in `ids` (N,) and all follow one prefix (P,).
 
@@ -353,21 +368,22 @@ class GPT(nn.Module):
         (B + 1,), and the last of them is where the last row ends; what comes after it is of no
         use to anyone. The prefix may be empty.
         """
-        from fc_lightning.kernels import attention_blocks
+        from fc_lightning.packed_attention import row_bounds
 
-        P, N = len(prefix), len(ids)
-        blocks = attention_blocks(starts, prefix_length=P, num_tokens=N)
-        at = torch.arange(N, device=ids.device)
-        # After the last row, positions are as good as any, so long as there are such.
-        positions = (at - starts[torch.searchsorted(starts, at, right=True) - 1]) % (
-            self.config.block_size - P
-        )
-        positions = torch.cat([torch.arange(P, device=ids.device), positions + P])
+        P, N = len(prefix), len(prefix) + len(ids)
+        bounds = row_bounds(starts, prefix_length=P, num_tokens=len(ids))  # (2, N)
+        positions = torch.arange(N, device=ids.device) - bounds[0]
+        positions[P:] += P
         tokens = self.transformer.wte(torch.cat([prefix, ids]))
         x = self.transformer.drop(tokens + self.transformer.wpe(positions))
+        # Nothing is added before the first block; it is compiled as the others are.
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
+        branch = torch.zeros_like(x, dtype=dtype)
         for block in self.transformer.h:
-            x = run_block(block, x, blocks, P)
-        return self.transformer.ln_f(x[P:])
+            x, branch = run_block(block, x, branch, bounds, P)
+        dropout = self.config.dropout if self.training else 0.0
+        return _add_norm(x, branch, self.transformer.ln_f, dropout)[1][P:]
 
     def num_parameters(self) -> int:
         """How many weights, the tied head counted once; position embeddings included."""

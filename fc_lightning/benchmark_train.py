@@ -75,7 +75,7 @@ def benchmark_train(
     measured: list[tuple[Way, int]] = [("reference", size if on_gpu else 1)]
     measured += [("longest", size), ("ours", size)]
     if on_gpu:
-        measured += [("ours", n * size) for n in (4, 8) if n * size <= len(dataset)]
+        measured += [("ours", n * size) for n in (4, 8, 16) if n * size <= len(dataset)]
     timings = []
     for way, size in measured:
         module = _module(shape, dropout=dropout, compile=compile).to(device)
@@ -120,7 +120,8 @@ def _time(
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=on_gpu)
     module.train()
     if module.hparams.compile:
-        warm_up(steps, len(dataset) // batch_size, optimizer)
+        # Long enough to meet the rare shapes too: to compile one takes longer than many steps.
+        warm_up(steps, max(200, len(dataset) // batch_size), optimizer)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     timed: list[tuple[float, list[Step]]] = []

@@ -14,7 +14,7 @@ def floors() -> dict[str, int]:
     """Module name -> floor, read from the map in README."""
     found, floor = {}, None
     for line in README.read_text(encoding="utf-8").splitlines():
-        if match := re.match(r" floor (\d)", line):
+        if match := re.match(r" floor (\d+)", line):
             floor = int(match[1])
         elif floor is not None and (match := re.match(r"  (\w+)\.py ", line)):
             found[match[1]] = floor

@@ -1,7 +1,8 @@
 """Triton kernels for training on a GPU: residual, dropout and norm at once; cross-entropy in place.
 
 What is dropped is a hash of a seed and of where a number stands: it needs no memory, and is
-computed anew in the backward pass.
+computed anew in the backward pass. What is summed is in fp32, whatever PyTorch's default dtype,
+which Lightning lowers for `precision: bf16-true`.
 
 Shapes: N tokens, C width, V vocabulary.
 """
@@ -45,8 +46,8 @@ def token_noise(seed, tokens):
 def is_kept(noise, at, DROPPED: tl.constexpr):
     """Whether what stands `at` a token, whose noise it is, is kept; DROPPED of 2**32 are not.
 
-    Wellons's lowbias32, whole for the token and for the place; of both together, its products,
-    whose high bits say it.
+    The token's hash and the place's are mixed once more. The whole number is compared, which its
+    high bits decide, so lowbias32's last shift, which mends the low ones, is left out.
     """
     x = (noise ^ _hash(at.to(tl.uint32) * 0x9E3779B1 + 0x7F4A7C15)) * 0x7FEB352D
     return (x ^ (x >> 15)) * 0x846CA68B >= DROPPED
@@ -60,6 +61,7 @@ def kept_scale(DROPPED: tl.constexpr):
 
 @triton.jit
 def _hash(x):
+    """lowbias32, by Chris Wellons (2018)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -92,7 +94,7 @@ class _AddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         N, C = x.shape
         total, normed = torch.empty_like(x), torch.empty_like(branch)
-        stats = torch.empty(2, N, device=x.device)
+        stats = torch.empty(2, N, dtype=torch.float32, device=x.device)
         options = {
             "C": C,
             "WIDTH": triton.next_power_of_2(C),
@@ -127,7 +129,7 @@ class _AddNorm(torch.autograd.Function):
         programs = triton.cdiv(N, _ROWS)
         d_x = torch.empty_like(total)
         d_branch = torch.empty(N, C, dtype=ctx.dtype, device=total.device)
-        sums = torch.empty(2, programs, C, device=total.device)
+        sums = torch.empty(2, programs, C, dtype=torch.float32, device=total.device)
         _add_norm_backward[(programs,)](
             d_total,
             d_normed,
@@ -232,7 +234,7 @@ def cross_entropy_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     The loss is the cross-entropy against target ids (N,), in nats, fp32. A row is read twice,
     the second time from the cache, and written once.
     """
-    losses = torch.empty(len(logits), device=logits.device)
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _cross_entropy[(len(logits),)](
         logits, targets, losses, logits.size(1), BLOCK=16384, num_warps=16
     )

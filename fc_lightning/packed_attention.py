@@ -66,7 +66,7 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         N, C = qkv.size(0), qkv.size(1) // 3
         y = qkv.new_empty(N, C)
-        lse = torch.empty(num_heads, N, device=qkv.device)
+        lse = torch.empty(num_heads, N, dtype=torch.float32, device=qkv.device)
         options = _options(qkv, num_heads, dropout)
         _forward[(triton.cdiv(N, _TILE), num_heads)](qkv, bounds, y, lse, seed, N, P, **options)
         ctx.save_for_backward(qkv, bounds, y, lse, seed)
@@ -90,8 +90,9 @@ class _PackedAttention(torch.autograd.Function):
         )
         if P:
             splits = triton.cdiv(N, _SPLIT)
-            d_prefix = torch.empty(splits, P, 2 * C, device=qkv.device)
-            options["STEP"] *= 2 if options["num_stages"] > 1 else 1  # queries are plenty
+            d_prefix = torch.empty(splits, P, 2 * C, dtype=torch.float32, device=qkv.device)
+            if options["num_stages"] > 1:  # there is room, and many queries to go through
+                options["STEP"] *= 2
             _backward_keys[(splits, H, triton.cdiv(P, _TILE))](
                 *inputs, d_prefix, seed, N, P, SPLIT=_SPLIT, **options
             )
@@ -103,6 +104,8 @@ class _PackedAttention(torch.autograd.Function):
 def _options(qkv: Tensor, num_heads: int, dropout: float) -> dict[str, Any]:
     C = qkv.size(1) // 3
     width = max(16, triton.next_power_of_2(C // num_heads))
+    num_bytes = width * qkv.itemsize  # of a head's state
+    # Steps and loads ahead for which every GPU's shared memory has room, at least 99 KB.
     return {
         "C": C,
         "D": C // num_heads,
@@ -111,8 +114,7 @@ def _options(qkv: Tensor, num_heads: int, dropout: float) -> dict[str, Any]:
         "STEP": _STEP,
         "DROPPED": num_dropped(dropout),
         "num_warps": 4,
-        # Loads ahead, as many as every GPU's shared memory has room for.
-        "num_stages": 3 if width * qkv.itemsize <= 128 else 1,
+        "num_stages": 3 if num_bytes <= 128 else 1,
     }
 
 

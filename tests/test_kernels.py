@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from training import default_dtype
 
 # Before 3.7, its interpreter doesn't go with NumPy 2.4.
 oldest = None if torch.cuda.is_available() else "3.7"
@@ -35,6 +36,22 @@ def test_residual_and_norm_and_their_gradients_are_pytorchs(C, has_bias, dtype):
     torch.testing.assert_close(ours, plain, **near)
     gradients = [torch.autograd.grad(y, inputs, (d_total, d_normed)) for y in (ours, plain)]
     torch.testing.assert_close(*gradients, **near)
+
+
+def test_sums_are_in_fp32_whatever_the_default_dtype():
+    torch.manual_seed(0)
+    x, branch = torch.randn(2, 70, 24, device=DEVICE)
+    weight = torch.randn(24, device=DEVICE, requires_grad=True)
+    logits, targets = torch.randn(3, 50, device=DEVICE), torch.tensor([0, 7, 49], device=DEVICE)
+
+    def computed():
+        normed = kernels.add_norm(x, branch, weight, None)[1]
+        losses = kernels.cross_entropy_gradient_(logits.clone(), targets)
+        return normed, losses, *torch.autograd.grad(normed.square().sum(), weight)
+
+    expected = computed()
+    with default_dtype(torch.float16):
+        torch.testing.assert_close(computed(), expected, rtol=0, atol=0)
 
 
 def test_what_was_dropped_before_the_sum_has_no_gradient():

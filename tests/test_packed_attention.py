@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from training import SHAPE, example, is_same, write_rows
+from training import SHAPE, default_dtype, example, is_same, write_rows
 
 from fc_lightning.datamodule import FunctionCallDataModule
 from fc_lightning.dataset import FunctionCallDataset, Row
@@ -87,6 +87,15 @@ def test_many_programs_share_in_the_gradients_of_the_prefix(monkeypatch, split):
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
     assert not torch.equal(gradient[:P], expected[:P])  # summed in another order
     assert torch.equal(gradient[P:], expected[P:])
+
+
+def test_sums_are_in_fp32_whatever_the_default_dtype():
+    P, lengths, padding, H, D = CASES[0]
+    qkv, d_y = tokens(P, lengths, padding, H, D)
+    expected = attend(qkv, P, lengths, H), gradient_of(qkv, d_y, P, lengths, H)
+    with default_dtype(torch.float16):
+        computed = attend(qkv, P, lengths, H), gradient_of(qkv, d_y, P, lengths, H)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("P", "lengths", "padding", "H", "D"), CASES[:2])

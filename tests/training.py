@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -150,6 +151,17 @@ def is_same(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(is_same, a, b))
     return repr(a) == repr(b)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    """PyTorch's default dtype, which Lightning changes so for precision: bf16-true."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def read_lines(file: Path) -> list:

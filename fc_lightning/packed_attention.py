@@ -111,7 +111,7 @@ def _options(qkv: Tensor, num_heads: int, dropout: float) -> dict[str, Any]:
         "D": C // num_heads,
         "WIDTH": width,
         "TILE": _TILE,
-        "STEP": _STEP,
+        "STEP": _STEP if num_bytes <= 256 else _STEP // 2,
         "DROPPED": num_dropped(dropout),
         "num_warps": 4,
         "num_stages": 3 if num_bytes <= 128 else 1,

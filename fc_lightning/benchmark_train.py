@@ -54,10 +54,11 @@ def benchmark_train(
 ) -> list[TrainTiming]:
     """Time the three ways on `rows`, and on a GPU ours with larger batches; print a table.
 
-    `batch_size` is 64 on a GPU, else 32. `compile` is on by default on a GPU. Each way takes
-    steps for `seconds`, and one to warm up and one that counts however long they take. Without a
-    GPU, the tutorial's way takes steps of a single row, whose eight equal micro-steps are
-    computed once and counted eight times.
+    `batch_size` is 64 on a GPU, else 32. `compile` is on by default on a GPU; the shapes of the
+    first 200 batches, or of an epoch that has more, are compiled before. Each way takes steps for
+    `seconds`, and one to warm up and one that counts however long they take. Without a GPU, the
+    tutorial's way takes steps of a single row, whose eight equal micro-steps are computed once and
+    counted eight times.
 
     Raises:
         ValueError: an unknown shape, or fewer rows than a batch.

@@ -156,7 +156,11 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def forward_packed(self, x: Tensor, bounds: Tensor, prefix_length: int) -> Tensor:
-        """The same for rows of any lengths, end to end, but for the dropout of what it returns."""
+        """The same for rows of any lengths, end to end in x (N, C) after the prefix.
+
+        `bounds` (2, N) are those of `packed_attention.row_bounds`. What it returns, (N, C), is not
+        dropped yet.
+        """
         from fc_lightning.packed_attention import packed_attention  # Triton is not everywhere
 
         y = packed_attention(
@@ -227,9 +231,11 @@ class Block(nn.Module):
     def forward_packed(
         self, x: Tensor, branch: Tensor, bounds: Tensor, prefix_length: int
     ) -> tuple[Tensor, Tensor]:
-        """The same for packed rows; what is to be added to x comes and goes beside it.
+        """Packed rows through the block; see `CausalSelfAttention.forward_packed`.
 
-        So sum, dropout and the norm after them are one kernel each time, in the next block too.
+        What the block before adds to x (N, C) comes beside it, not dropped yet, as `branch` (N, C)
+        in the dtype of products, and what this one adds goes out so. Thus dropout, sum and the
+        norm after them are one kernel, at a block's end too.
         """
         dropout = self.attn.dropout if self.training else 0.0
         x, normed = _add_norm(x, branch, self.ln_1, dropout)
@@ -239,6 +245,7 @@ class Block(nn.Module):
 
 
 def _add_norm(x: Tensor, branch: Tensor, norm: LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
+    """x + dropout(branch), and that normalized, all (N, C)."""
     from fc_lightning.kernels import add_norm
 
     return add_norm(x, branch, norm.weight, norm.bias, dropout)
@@ -362,7 +369,7 @@ class GPT(nn.Module):
         *,
         run_block: Callable[..., tuple[Tensor, Tensor]] = Block.forward_packed,
     ) -> Tensor:
-        """States (N, C) of rows that lie end to end in `ids` (N,) and all follow one prefix (P,).
+        """States (R, C) of rows that lie end to end in `ids` (R,) and all follow one prefix (P,).
 
         The same as `hidden_states_after`, but nothing is padded. Row i begins at `starts`[i],
         (B + 1,), and the last of them is where the last row ends; what comes after it is of no
@@ -370,9 +377,9 @@ class GPT(nn.Module):
         """
         from fc_lightning.packed_attention import row_bounds
 
-        P, N = len(prefix), len(prefix) + len(ids)
-        bounds = row_bounds(starts, prefix_length=P, num_tokens=len(ids))  # (2, N)
-        positions = torch.arange(N, device=ids.device) - bounds[0]
+        P, R = len(prefix), len(ids)
+        bounds = row_bounds(starts, prefix_length=P, num_tokens=R)  # (2, P + R)
+        positions = torch.arange(P + R, device=ids.device) - bounds[0]
         positions[P:] += P
         tokens = self.transformer.wte(torch.cat([prefix, ids]))
         x = self.transformer.drop(tokens + self.transformer.wpe(positions))

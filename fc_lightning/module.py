@@ -386,9 +386,10 @@ class FunctionCallModule(L.LightningModule):
 
 
 @functools.cache
-def _compiled(run_block: Callable[..., Tensor], is_graphed: bool) -> Callable[..., Tensor]:
+def _compiled(run_block: Callable[..., Any], is_graphed: bool) -> Callable[..., Any]:
     """Compiled for each shape it meets: one block in seconds, where the whole network takes half a
-    minute. Shapes are static: with dynamic ones torch 2.11 fails in LayerNorm's backward.
+    minute. Shapes are static: with dynamic ones torch 2.11 fails in the backward pass of
+    PyTorch's LayerNorm.
 
     Graphed, each block's kernels are launched at once, by a CUDA graph: with few rows, a GPU
     computes them sooner than a host launches them one by one."""
@@ -397,5 +398,5 @@ def _compiled(run_block: Callable[..., Tensor], is_graphed: bool) -> Callable[..
     return torch.compile(run_block, dynamic=False, fullgraph=True, mode=mode)
 
 
-def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import lightning as L
 import numpy as np
@@ -29,7 +28,7 @@ from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.datamodule import GPT2_BLOCK_SIZE, FunctionCallDataModule
 from fc_lightning.module import FunctionCallModule
 from fc_lightning.predictions import predict_rows
-from fc_lightning.steps import Way, endless_steps, warm_up
+from fc_lightning.steps import NUM_REPEATS, Way, endless_steps, warm_up
 
 # Training between two evaluations: a share of all training before, and at least so long.
 _GROWTH, _SHORTEST_S = 0.2, 0.25
@@ -40,7 +39,7 @@ class Recipe:
     """A way to take steps, and the hyperparameters in which recipes differ."""
 
     way: Way  # whose time a step takes
-    optimizer: Literal["adamw", "muon"]
+    muon_lr: float | None  # without one, AdamW for all weights
     learning_rate: float
     min_lr: float
     warmup_iters: int
@@ -50,7 +49,7 @@ class Recipe:
 
 # configs/finetune.yaml has the same; there, each step's rows go through the network once.
 REFERENCE = Recipe(
-    "reference", "adamw", 5e-6, 1e-6, warmup_iters=2000, lr_decay_iters=54000, dropout=0.2
+    "reference", None, 5e-6, 1e-6, warmup_iters=2000, lr_decay_iters=54000, dropout=0.2
 )
 
 
@@ -77,6 +76,7 @@ def benchmark_quality(
     device: str = "auto",
     batch_size: int = 64,
     learning_rate: float = 1e-3,
+    muon_lr: float = 0.02,
     num_steps: int = 1000,
     limit_s: float = 120.0,
     loss: float = 0.02,
@@ -85,9 +85,9 @@ def benchmark_quality(
 ) -> list[Quality]:
     """Train on `data` by both recipes until `loss` and `match`, or `limit_s` each; print a table.
 
-    Weights are those of `pretrained_dir`, else random ones of `shape`. `learning_rate` is our
-    recipe's for embeddings and norms, decayed over `num_steps` as Muon's 0.02 is for the rest. Call
-    match is measured on up to 256 rows.
+    Weights are those of `pretrained_dir`, else random ones of `shape`. Our recipe takes
+    `learning_rate` for embeddings and norms and `muon_lr` for the rest, decayed over `num_steps`.
+    Call match is measured on up to 256 rows.
 
     Raises:
         ValueError: an unknown shape, data that can't be used, or fewer rows than a batch.
@@ -97,7 +97,7 @@ def benchmark_quality(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     console = console or Console()
-    ours = Recipe("ours", "muon", learning_rate, learning_rate / 100, 20, num_steps, dropout=0.0)
+    ours = Recipe("ours", muon_lr, learning_rate, learning_rate / 100, 20, num_steps, dropout=0.0)
     reached = []
     for recipe in (REFERENCE, ours):
         module = _module(recipe, pretrained_dir, shape, torch.device(device))
@@ -123,8 +123,8 @@ def _module(
     s = SHAPES[shape]
     module = FunctionCallModule(
         pretrained_dir,
-        optimizer=recipe.optimizer,
-        muon_lr=0.02,
+        optimizer="muon" if recipe.muon_lr else "adamw",
+        muon_lr=recipe.muon_lr or 0.0,
         learning_rate=recipe.learning_rate,
         min_lr=recipe.min_lr,
         warmup_iters=recipe.warmup_iters,
@@ -212,9 +212,19 @@ class _Run:
         return time.perf_counter() - start
 
     def _step_s(self) -> float:
-        """The median of three gradients of the recipe's own way, after one; nothing is trained."""
+        """The median of three gradients of the recipe's own way, after one; nothing is trained.
+
+        Without a GPU, one of its equal micro-steps is computed and counted as often as it repeats.
+        """
         self.module.train()
-        theirs = endless_steps(self.way, self.module, self.train_set, batch_size=self.batch_size)
+        num_counted = 1 if self.module.device.type == "cuda" else NUM_REPEATS
+        theirs = endless_steps(
+            self.way,
+            self.module,
+            self.train_set,
+            batch_size=self.batch_size,
+            num_repeats=NUM_REPEATS // num_counted,
+        )
         times = []
         for step in itertools.islice(theirs, 4):
             start = time.perf_counter()
@@ -222,7 +232,7 @@ class _Run:
             self._wait()
             times.append(time.perf_counter() - start)
         self.optimizer.zero_grad()
-        return statistics.median(times[1:])
+        return num_counted * statistics.median(times[1:])
 
     def _train(self, at_least_s: float) -> float:
         self.module.train()

@@ -58,6 +58,21 @@ def test_evaluating_takes_none_of_the_time(measure, monkeypatch):
     assert ours.loss_s < 2.0
 
 
+def test_muon_has_a_rate_of_its_own(measure, monkeypatch):
+    rates, until = [], _Run.until
+
+    def noting(run, **options):
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+        return until(run, **options)
+
+    monkeypatch.setattr(_Run, "until", noting)
+    measure(loss=20.0, match=0.0, limit_s=60.0, learning_rate=1e-2, muon_lr=0.5)
+    reference, ours = rates
+    # The first steps of 2,000 and of 20 that warm up.
+    assert reference == pytest.approx([5e-6 / 2001] * len(reference))
+    assert sorted(set(ours)) == pytest.approx([1e-2 / 21, 0.5 / 21])
+
+
 def test_an_unknown_shape_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no shape 'huge'; choose from tiny"):
         benchmark_quality(tmp_path, shape="huge")

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -350,3 +351,30 @@ def test_benchmark_passes_its_options_on(run, monkeypatch):
     options = {"device": "auto", "num_commands": None, "seconds": 0.5}
     run("benchmark", "decode", "--seconds", "0.5")
     assert asked == [((("tiny",),), options), ((("20M", "gpt2"),), options)]
+
+
+def test_benchmark_quality_passes_its_options_on(run, monkeypatch):
+    from fc_lightning import benchmark_quality
+
+    asked = []
+    monkeypatch.setattr(
+        benchmark_quality,
+        "benchmark_quality",
+        lambda data, **options: asked.append((data, options)),
+    )
+    given = {
+        "pretrained_dir": "base",
+        "shape": "tiny",
+        "functions": "lamp.yaml",
+        "device": "cpu",
+        "batch_size": 3,
+        "learning_rate": 3e-4,
+        "muon_lr": 0.003,
+        "num_steps": 7,
+        "limit_s": 1.5,
+        "loss": 0.1,
+        "match": 0.7,
+    }
+    options = [f"--{name}={value}" for name, value in given.items()]
+    assert run("benchmark", "quality", "--data", "my_data", *options)[0] == 0
+    assert asked == [(Path("my_data"), given)]

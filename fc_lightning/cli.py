@@ -189,6 +189,7 @@ class _SayStart(L.Callback):
     """Says what is about to be trained, on what, and for how long."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        num_steps = trainer.estimated_stepping_batches  # all ranks find it out together
         if trainer.is_global_zero:
             num_parameters = sum(p.numel() for p in pl_module.parameters())
             source = trainer.ckpt_path or pl_module.hparams["pretrained_dir"] or "random weights"
@@ -197,7 +198,7 @@ class _SayStart(L.Callback):
             print(
                 f"{num_parameters / 1e6:.1f} M parameters, from {source}\n"
                 f"{len(data.train_set):,} rows for training, {len(data.val_set):,} for validation\n"
-                f"{trainer.estimated_stepping_batches:,} steps on {device}, {trainer.precision}"
+                f"{num_steps:,} steps on {device}, {trainer.precision}"
             )
 
 

@@ -179,6 +179,9 @@ class SaveLast(Checkpoint):
         self._listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # If a callback has asked for the run's length before, Lightning has made the loader then,
+        # without its state; it must not begin the epoch anew.
+        trainer.fit_loop._load_combined_loader_states()
         self._listen()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

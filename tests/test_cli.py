@@ -1,37 +1,53 @@
-"""`fit` and `predict` from the command line, on a checkpoint of another run."""
+"""`fit` and `predict` from the command line: going on from a checkpoint, and in two processes."""
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from training import write_rows
+from training import is_same, write_rows
 
 from fc_lightning import cli
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data"), 16, 3)
+
+
+MODEL = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 192, "warmup_iters": 9}
+
+
+def arguments(command, data, root, **options):
+    """Those of a command that trains a tiny model, or uses a trained one."""
+    always = {
+        "data.fc_data_dir": data,
+        "data.batch_size": 4,
+        "trainer.default_root_dir": root,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.enable_progress_bar": "false",
+        "trainer.limit_val_batches": 1,
+        "trainer.max_epochs": 9,  # as in our configs: Lightning asks for a loader to count steps
+    }
+    if command == "fit" and "ckpt_path" not in options:
+        always |= {f"model.{name}": value for name, value in MODEL.items()}
+        always |= {"model.learning_rate": 1e-3}
+    return [command, *(f"--{name}={value}" for name, value in (always | options).items())]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
     """A function that runs the command line on a folder with a checkpoint of two steps."""
     root = tmp_path_factory.mktemp("run")
-    data = write_rows(root / "data", 16, 3)
 
     def run(command, **options):
-        always = {
-            "data.fc_data_dir": data,
-            "data.batch_size": 4,
-            "trainer.default_root_dir": root,
-            "trainer.accelerator": "cpu",
-            "trainer.precision": "32-true",
-            "trainer.enable_progress_bar": "false",
-            "trainer.limit_val_batches": 1,
-        }
-        cli.main([command, *(f"--{name}={value}" for name, value in (always | options).items())])
+        cli.main(arguments(command, data, root, **options))
         return root
 
-    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 192, "warmup_iters": 9}
-    model = {f"model.{name}": value for name, value in shape.items()}
-    run("fit", **model, **{"model.learning_rate": 1e-3, "trainer.max_steps": 2})
+    run("fit", **{"trainer.max_steps": 2})
     return run
 
 
@@ -60,3 +76,37 @@ def test_predict_writes_a_call_for_each_row(trained, capsys):
     lines = [json.loads(line) for line in (root / "predictions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == [0, 1, 2]
     assert f"3 predictions are in {root}{os.sep}predictions.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_steps", [2, 4, 5])  # in mid-epoch, at an epoch's end, in the next
+def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path, data, max_steps):
+    ends = []
+    for name, stops in (("whole", [7]), ("parts", [max_steps, 7])):
+        for steps in stops:
+            options = {} if steps == stops[0] else {"ckpt_path": "last"}
+            options |= {"trainer.max_steps": steps, "model.lr_decay_iters": 20}
+            cli.main(arguments("fit", data, tmp_path / name, **options))
+        ends.append(last(tmp_path / name))
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 7
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert is_same(ends[0][part], ends[1][part])
+
+
+def test_two_processes_train_and_predict_as_one(tmp_path, data):
+    options = {"trainer.max_steps": 5, "model.dropout": 0.0}
+    cli.main(arguments("fit", data, tmp_path / "one", **options))
+
+    def run(command, **options):
+        options |= {"trainer.devices": 2, "data.batch_size": 2}
+        line = [sys.executable, "-m", "fc_lightning"]
+        line += arguments(command, data, tmp_path / "two", **options)
+        done = subprocess.run(line, text=True, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = run("fit", **options)
+    assert said.count("16 rows for training, 3 for validation\n5 steps on cpu x 2") == 1
+    one, two = (last(tmp_path / name)["state_dict"] for name in ("one", "two"))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=1e-5, atol=1e-6)
+    assert run("predict", ckpt_path="last").count("3 predictions are in") == 1

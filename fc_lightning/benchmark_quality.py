@@ -176,8 +176,8 @@ class _Run:
 
     def until(self, *, loss: float, match: float, limit_s: float, console: Console) -> Quality:
         """Train and evaluate in turn until both are reached, or the limit is."""
-        warm_up_s = self._warm_up() if self.module.hparams.compile else 0.0
         step_s = None if self.way == "ours" else self._step_s()
+        warm_up_s = self._warm_up() if self.module.hparams.compile else 0.0
         trained_s = clock_s = 0.0
         losses: list[float] = []
         matches: list[float] = []
@@ -212,17 +212,32 @@ class _Run:
         return time.perf_counter() - start
 
     def _step_s(self) -> float:
-        """The median of three gradients of the recipe's own way, after one; nothing is trained.
+        """What a gradient of the recipe's own way takes; nothing is trained.
+
+        Where memory is too small for all rows, fewer are taken and counted as often as it takes.
+        """
+        num_rows = self.batch_size
+        while True:
+            try:
+                return self.batch_size / num_rows * self._gradient_s(num_rows)
+            except torch.OutOfMemoryError:
+                if num_rows == 1:
+                    raise
+            num_rows //= 2
+
+    def _gradient_s(self, num_rows: int) -> float:
+        """The median of three gradients after one.
 
         Without a GPU, one of its equal micro-steps is computed and counted as often as it repeats.
         """
         self.module.train()
-        num_counted = 1 if self.module.device.type == "cuda" else NUM_REPEATS
+        on_gpu = self.module.device.type == "cuda"
+        num_counted = 1 if on_gpu else NUM_REPEATS
         theirs = endless_steps(
             self.way,
             self.module,
             self.train_set,
-            batch_size=self.batch_size,
+            batch_size=num_rows,
             num_repeats=NUM_REPEATS // num_counted,
         )
         times = []
@@ -232,6 +247,8 @@ class _Run:
             self._wait()
             times.append(time.perf_counter() - start)
         self.optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.empty_cache()
         return num_counted * statistics.median(times[1:])
 
     def _train(self, at_least_s: float) -> float:

@@ -6,6 +6,7 @@ data are prepared between steps, as in a run.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -58,10 +59,12 @@ def benchmark_train(
     first 200 batches, or of an epoch that has more, are compiled before. Each way takes steps for
     `seconds`, and one to warm up and one that counts however long they take. Without a GPU, the
     tutorial's way takes steps of a single row, whose eight equal micro-steps are computed once and
-    counted eight times.
+    counted eight times. A way that a GPU's memory is too small for takes half the rows, a quarter
+    and so on; larger batches of ours that don't fit are left out.
 
     Raises:
         ValueError: an unknown shape, or fewer rows than a batch.
+        torch.OutOfMemoryError: not even a single row fits.
     """
     if shape not in SHAPES:
         raise ValueError(f"there is no shape {shape!r}; choose from {', '.join(SHAPES)}")
@@ -73,18 +76,24 @@ def benchmark_train(
     dataset = FunctionCallDataset(
         rows, block_size=PADDED_LENGTH, pad_to_multiple_of=16 if compile else 1
     )
-    measured: list[tuple[Way, int]] = [("reference", size if on_gpu else 1)]
-    measured += [("longest", size), ("ours", size)]
+    halves = [size >> n for n in range(size.bit_length())]
+    measured: list[tuple[Way, list[int]]] = [("reference", halves if on_gpu else [1])]
+    measured += [("longest", halves), ("ours", halves)]
     if on_gpu:
-        measured += [("ours", n * size) for n in (4, 8, 16) if n * size <= len(dataset)]
+        measured += [("ours", [n * size]) for n in (4, 8, 16) if n * size <= len(dataset)]
     timings = []
-    for way, size in measured:
-        module = _module(shape, dropout=dropout, compile=compile).to(device)
-        timings.append(_time(module, dataset, way, size, seconds=seconds))
-        del module
-        if on_gpu:  # compiled code keeps the memory of its CUDA graphs
-            torch.compiler.reset()
-            torch.cuda.empty_cache()
+    for way, sizes in measured:
+        for size in sizes:
+            module = _module(shape, dropout=dropout, compile=compile).to(device)
+            timing = _time_if_it_fits(module, dataset, way, size, seconds=seconds)
+            del module
+            if on_gpu:  # compiled code keeps the memory of its CUDA graphs
+                torch.compiler.reset()
+                gc.collect()
+                torch.cuda.empty_cache()
+            if timing is not None:
+                timings.append(timing)
+                break
     (console or Console()).print(_table(timings, shape, torch.device(device)))
     return timings
 
@@ -103,6 +112,23 @@ def _module(shape: str, *, dropout: float, compile: bool) -> FunctionCallModule:
 
 
 # ---------------------------------------------------------------- the clock
+
+
+def _time_if_it_fits(
+    module: FunctionCallModule,
+    dataset: FunctionCallDataset,
+    way: Way,
+    batch_size: int,
+    *,
+    seconds: float,
+) -> TrainTiming | None:
+    """None if memory runs out, but for a single row."""
+    try:
+        return _time(module, dataset, way, batch_size, seconds=seconds)
+    except torch.OutOfMemoryError:
+        if batch_size == 1:
+            raise
+        return None
 
 
 def _time(

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch
 from rich.console import Console
 from training import write_rows
 
@@ -71,6 +72,21 @@ def test_muon_has_a_rate_of_its_own(measure, monkeypatch):
     # The first steps of 2,000 and of 20 that warm up.
     assert reference == pytest.approx([5e-6 / 2001] * len(reference))
     assert sorted(set(ours)) == pytest.approx([1e-2 / 21, 0.5 / 21])
+
+
+def test_a_batch_too_large_for_memory_is_timed_in_parts(measure, monkeypatch):
+    tried = []
+
+    def gradient_s(run, num_rows):
+        tried.append(num_rows)
+        if num_rows == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return 100.0
+
+    monkeypatch.setattr(_Run, "_gradient_s", gradient_s)
+    (reference, _), _ = measure(loss=20.0, match=0.0, limit_s=60.0)
+    assert tried == [2, 1]
+    assert reference.trained_s == 2 * 100.0 * reference.num_steps
 
 
 def test_an_unknown_shape_is_refused(tmp_path):

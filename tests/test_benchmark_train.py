@@ -1,5 +1,6 @@
 """What the table of ways to train says is what was measured."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,44 @@ def test_a_gpu_s_table_fits_into_eighty_columns(monkeypatch):
     assert "…" not in said
     for cell in ("1,212", "5,539", "729,412", "296", "29.9%", "65.3"):
         assert f" {cell} " in said
+
+
+@pytest.fixture
+def full_gpu(monkeypatch):
+    """A function that times 16 rows where `limits` of rows fit into memory; returns the lines."""
+    timed = TrainTiming("ours", 1, 2, 10.0, 100.0, 1e4, 1e12, 10**9)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("fc_lightning.benchmark_train.computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("fc_lightning.benchmark_train.get_available_flops", lambda *_: 1e15)
+    monkeypatch.setattr("fc_lightning.benchmark_train._module", lambda *_, **__: torch.nn.Module())
+
+    def measure(**limits):
+        def time(module, dataset, way, batch_size, *, seconds):
+            if batch_size > limits[way]:
+                raise torch.OutOfMemoryError("no memory")
+            return replace(timed, way=way, batch_size=batch_size)
+
+        monkeypatch.setattr("fc_lightning.benchmark_train._time", time)
+        rows = [Row(example(i), Path("train.json"), i) for i in range(128)]
+        timings = benchmark_train(rows, shape="tiny", device="cuda", batch_size=16)
+        return [(t.way, t.batch_size) for t in timings]
+
+    return measure
+
+
+def test_a_way_that_memory_is_too_small_for_takes_fewer_rows(full_gpu):
+    whole = [("reference", 16), ("longest", 16), ("ours", 16), ("ours", 64), ("ours", 128)]
+    assert full_gpu(reference=16, longest=16, ours=999) == whole
+    part = [("reference", 2), ("longest", 8), ("ours", 16), ("ours", 64)]
+    assert full_gpu(reference=3, longest=8, ours=64) == part
+    least = [("reference", 1), ("longest", 1), ("ours", 4)]
+    assert full_gpu(reference=1, longest=1, ours=4) == least
+
+
+def test_a_row_that_memory_is_too_small_for_is_an_error(full_gpu):
+    with pytest.raises(torch.OutOfMemoryError):
+        full_gpu(reference=0, longest=16, ours=16)
 
 
 def test_an_unknown_shape_is_refused():

@@ -39,8 +39,8 @@ class LengthBatchSampler(Sampler[list[int]]):
     times the longest of their `lengths` make at most `max_tokens`. With several ranks, a batch of
     as many times the size is dealt out over them (so one may hold a row too many), and together
     the ranks see exactly what one process with the larger batch sees. Without `sort_by_length`
-    rows of any lengths meet, as they may where they are packed: batches then have few shapes.
-    A budget of tokens always sorts.
+    rows of any lengths meet, as they may where they are packed: batches then have few shapes, and
+    batches that are accumulated hold what one larger batch would. A budget of tokens always sorts.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class LengthBatchSampler(Sampler[list[int]]):
             raise DataError(f"{len(lengths)} training rows can't be shared by {num_ranks} ranks")
         self.lengths, self.batch_size, self.max_tokens = lengths, batch_size, max_tokens
         self.seed, self.shuffle, self.sort_by_length = seed, shuffle, sort_by_length
+        self._is_sorted = sort_by_length or max_tokens is not None
         self.num_ranks, self.rank = num_ranks, rank
         self.epoch = self.first_batch = 0
 
@@ -91,7 +92,7 @@ class LengthBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
         bounds = self._bounds()
-        if self.shuffle:
+        if self.shuffle and self._is_sorted:
             np.random.default_rng((self.seed, self.epoch, 2)).shuffle(bounds)
         for start, stop in bounds[self.first_batch :]:
             yield order[start:stop][self.rank :: self.num_ranks].tolist()
@@ -105,7 +106,7 @@ class LengthBatchSampler(Sampler[list[int]]):
             return np.argsort(self.lengths, kind="stable")
         random = np.random.default_rng((self.seed, self.epoch, 1))
         order = random.permutation(len(self.lengths))
-        if self.batch_size and not self.sort_by_length:
+        if not self._is_sorted:
             return order
         chunk = 50 * self.batch_size * self.num_ranks if self.batch_size else len(order)
         chunks = [order[i : i + chunk] for i in range(0, len(order), chunk)]

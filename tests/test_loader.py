@@ -81,6 +81,16 @@ def test_ranks_together_see_the_batches_of_one_process(of_one, of_three):
     assert together == [sorted(rows) for rows in one]
 
 
+def test_accumulated_batches_of_any_lengths_hold_what_a_larger_batch_does():
+    lengths = np.arange(1, 24)
+    (large,) = epoch_of(lengths, batch_size=8, sort_by_length=False)
+    (small,) = epoch_of(lengths, batch_size=4, sort_by_length=False)
+    assert [small[i] + small[i + 1] for i in range(0, 6, 2)] == large
+    ranks = epoch_of(lengths, batch_size=2, num_ranks=2, sort_by_length=False)
+    together = [sorted(chain(*parts)) for parts in zip(*ranks, strict=True)]
+    assert together == [sorted(rows) for rows in small]
+
+
 def test_an_epochs_order_follows_from_seed_and_epoch_alone():
     lengths = np.arange(40)
     first = epoch_of(lengths, batch_size=4, seed=1, epoch=2)

@@ -25,6 +25,8 @@ from fc_lightning.checkpoint import CheckpointError, load_plain
 from fc_lightning.dataset import Batch
 from fc_lightning.ranks import highest_of_ranks
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that are whole or not there, and that are read without running code in them.
@@ -176,13 +178,15 @@ class SaveLast(Checkpoint):
     # ---------------------------------------------------------------- signals
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
+        self._listen()  # nothing is compiled for a validation
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # If a callback has asked for the run's length before, Lightning has made the loader then,
         # without its state; it must not begin the epoch anew.
         trainer.fit_loop._load_combined_loader_states()
         self._listen()
+        if pl_module.hparams.get("compile"):
+            start_compile_workers()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop_listening()
@@ -197,7 +201,7 @@ class SaveLast(Checkpoint):
         if self._handlers or threading.current_thread() is not threading.main_thread():
             return
         self._signal = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in _SIGNALS:
             self._handlers[number] = signal.signal(number, self._notice)
 
     def _stop_listening(self) -> None:
@@ -233,6 +237,20 @@ class SaveLast(Checkpoint):
             global _owed_status
             _owed_status = status
         sys.exit(status)
+
+
+def start_compile_workers() -> None:
+    """Start the processes in which torch.compile has kernels compiled, deaf to signals.
+
+    A signal to all of a run's processes would end them too, and torch would wait for them for ever.
+    """
+    from torch._inductor.async_compile import AsyncCompile  # takes a second
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which processes inherit
+    try:
+        AsyncCompile.warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _owed_status: int | None = None

@@ -238,6 +238,29 @@ def test_a_kill_while_writing_leaves_a_readable_checkpoint(tmp_path):
     assert num_halves > 0  # some were killed in the middle
 
 
+COMPILE_AFTER_A_SIGNAL = """
+import os, signal
+from torch._inductor.async_compile import AsyncCompile
+from fc_lightning.durability import start_compile_workers
+
+start_compile_workers()
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda *_: print(number))
+    os.killpg(0, number)
+worker = AsyncCompile.process_pool().submit(os.getpid).result(timeout=90)
+print(worker != os.getpid())
+"""
+
+
+def test_a_signal_to_all_processes_leaves_those_that_compile():
+    code = [sys.executable, "-c", COMPILE_AFTER_A_SIGNAL]
+    env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    done = subprocess.run(
+        code, env=env, text=True, capture_output=True, timeout=120, start_new_session=True
+    )
+    assert done.stdout.split() == ["15", "10", "2", "True"], done.stderr
+
+
 def test_a_second_signal_ends_a_run_at_once(tmp_path, data):
     class Stuck(L.Callback):
         def on_train_batch_start(self, *_):

@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fc_lightning.checkpoint import CheckpointError, load_gpt
 from fc_lightning.dataset import Batch
@@ -113,7 +115,14 @@ class FunctionCallModule(L.LightningModule):
                 f"need ids up to {NUM_TOKENS - 1}"
             )
         self._resume_from: Mapping[str, Any] | None = None
+        self._can_graph = True
         self._start_window()
+
+    def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            wrap = functools.partial(_wrap_for_ddp, strategy)
+            strategy._setup_model = wrap  # type: ignore[method-assign]
 
     @property
     def block_size(self) -> int:
@@ -138,7 +147,7 @@ class FunctionCallModule(L.LightningModule):
         """
         run: Callable[..., Any] = _as_it_is
         if self.training and self.hparams.compile:
-            is_graphed = self.device.type == "cuda"
+            is_graphed = self.device.type == "cuda" and self._can_graph
             run = functools.partial(_compiled, is_graphed=is_graphed)
             if is_graphed:
                 torch.compiler.cudagraph_mark_step_begin()
@@ -160,11 +169,14 @@ class FunctionCallModule(L.LightningModule):
         return head_cross_entropy_sum(trained, self.gpt.lm_head.weight, batch.targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # On two GPUs, gradients of CUDA graphs that were added up over batches came out wrong.
+        num_batches, num_ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        self._can_graph = num_batches == 1 or num_ranks == 1
         loss_sum = self.loss_sum(batch)
         self._window_loss = self._window_loss + loss_sum.detach()
         self._num_window_tokens += len(batch.targets)
         # Lightning divides by accumulate_grad_batches; on_before_optimizer_step, by tokens.
-        return loss_sum * self.trainer.accumulate_grad_batches
+        return loss_sum * num_batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into the mean over all trained tokens of window and ranks."""
@@ -385,6 +397,16 @@ class FunctionCallModule(L.LightningModule):
         return int(steps)
 
 
+def _wrap_for_ddp(strategy: DDPStrategy, model: torch.nn.Module) -> DistributedDataParallel:
+    """Wrap as Lightning does, but on the stream of the forward pass, not on one of its own.
+
+    DDP adds gradients up on the stream it was made on. On another one that may come too late: a
+    CUDA graph's gradients lie where the next graph writes.
+    """
+    devices = strategy.determine_ddp_device_ids()
+    return DistributedDataParallel(model, device_ids=devices, **strategy._ddp_kwargs)
+
+
 @functools.cache
 def _compiled(run_block: Callable[..., Any], is_graphed: bool) -> Callable[..., Any]:
     """Compiled for each shape it meets: one block in seconds, where the whole network takes half a
@@ -393,6 +415,7 @@ def _compiled(run_block: Callable[..., Any], is_graphed: bool) -> Callable[..., 
 
     Graphed, each block's kernels are launched at once, by a CUDA graph: with few rows, a GPU
     computes them sooner than a host launches them one by one."""
+    torch._dynamo.config.optimize_ddp = False  # would cut a block up, and compile each part
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     mode = "reduce-overhead" if is_graphed else None
     return torch.compile(run_block, dynamic=False, fullgraph=True, mode=mode)

@@ -92,21 +92,38 @@ def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path, data, max_steps):
         assert is_same(ends[0][part], ends[1][part])
 
 
+def run_apart(command, data, root, **options):
+    """Run the command line in a process of its own, which starts the others; returns its output."""
+    line = [sys.executable, "-m", "fc_lightning", *arguments(command, data, root, **options)]
+    done = subprocess.run(line, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_same_weights(*roots):
+    states = [last(root)["state_dict"] for root in roots]
+    one, two = (torch.cat([weights.flatten() for weights in s.values()]).double() for s in states)
+    assert float((one - two).norm() / one.norm()) < 1e-6
+
+
 def test_two_processes_train_and_predict_as_one(tmp_path, data):
     options = {"trainer.max_steps": 5, "model.dropout": 0.0}
     cli.main(arguments("fit", data, tmp_path / "one", **options))
-
-    def run(command, **options):
-        options |= {"trainer.devices": 2, "data.batch_size": 2}
-        line = [sys.executable, "-m", "fc_lightning"]
-        line += arguments(command, data, tmp_path / "two", **options)
-        done = subprocess.run(line, text=True, capture_output=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    said = run("fit", **options)
+    shared = {"trainer.devices": 2, "data.batch_size": 2}
+    said = run_apart("fit", data, tmp_path / "two", **options, **shared)
     assert said.count("16 rows for training, 3 for validation\n5 steps on cpu x 2") == 1
-    one, two = (last(tmp_path / name)["state_dict"] for name in ("one", "two"))
-    for name, weights in one.items():
-        torch.testing.assert_close(two[name], weights, rtol=1e-5, atol=1e-6)
-    assert run("predict", ckpt_path="last").count("3 predictions are in") == 1
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    said = run_apart("predict", data, tmp_path / "two", ckpt_path="last", **shared)
+    assert said.count("3 predictions are in") == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_accumulate_as_one_with_a_larger_batch(tmp_path):
+    data = write_rows(tmp_path / "data", 640, 3)
+    options = {"trainer.accelerator": "gpu", "trainer.max_steps": 12, "trainer.max_epochs": 99}
+    options |= {"model.n_layer": 6, "model.n_head": 6, "model.n_embd": 384, "model.dropout": 0.0}
+    options |= {"model.compile": "true", "trainer.limit_val_batches": 0}
+    run_apart("fit", data, tmp_path / "one", **options, **{"data.batch_size": 128})
+    shared = {"trainer.devices": 2, "data.batch_size": 32, "trainer.accumulate_grad_batches": 2}
+    run_apart("fit", data, tmp_path / "two", **options, **shared)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")

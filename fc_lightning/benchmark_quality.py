@@ -28,7 +28,7 @@ from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.datamodule import GPT2_BLOCK_SIZE, FunctionCallDataModule
 from fc_lightning.module import FunctionCallModule
 from fc_lightning.predictions import predict_rows
-from fc_lightning.steps import NUM_REPEATS, Way, endless_steps, warm_up
+from fc_lightning.steps import NUM_REPEATS, Way, endless_steps, free_memory, warm_up
 
 # Training between two evaluations: a share of all training before, and at least so long.
 _GROWTH, _SHORTEST_S = 0.2, 0.25
@@ -111,7 +111,7 @@ def benchmark_quality(
         run = _Run(module, rows, recipe, batch_size)
         reached.append(run.until(loss=loss, match=match, limit_s=limit_s, console=console))
         del module, run
-        torch.compiler.reset()  # compiled code keeps the memory of its CUDA graphs
+        free_memory()
     console.print(_table(reached, loss=loss, match=match))
     return reached
 
@@ -214,7 +214,8 @@ class _Run:
     def _step_s(self) -> float:
         """What a gradient of the recipe's own way takes; nothing is trained.
 
-        Where memory is too small for all rows, fewer are taken and counted as often as it takes.
+        Where memory is too small for all rows, fewer are taken and counted as often as it takes,
+        which is a little longer.
         """
         num_rows = self.batch_size
         while True:

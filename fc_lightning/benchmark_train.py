@@ -6,7 +6,6 @@ data are prepared between steps, as in a run.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from fc_lightning.callbacks import needed_flops
 from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.dataset import FunctionCallDataset, Row
 from fc_lightning.module import FunctionCallModule
-from fc_lightning.steps import NUM_REPEATS, Step, Way, endless_steps, warm_up
+from fc_lightning.steps import NUM_REPEATS, Step, Way, endless_steps, free_memory, warm_up
 
 PADDED_LENGTH = 1024
 
@@ -87,10 +86,7 @@ def benchmark_train(
             module = _module(shape, dropout=dropout, compile=compile).to(device)
             timing = _time_if_it_fits(module, dataset, way, size, seconds=seconds)
             del module
-            if on_gpu:  # compiled code keeps the memory of its CUDA graphs
-                torch.compiler.reset()
-                gc.collect()
-                torch.cuda.empty_cache()
+            free_memory()
             if timing is not None:
                 timings.append(timing)
                 break

@@ -25,7 +25,8 @@ from fc_lightning.checkpoint import CheckpointError, load_plain
 from fc_lightning.dataset import Batch
 from fc_lightning.ranks import highest_of_ranks
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]  # Windows has two
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -244,6 +245,8 @@ def start_compile_workers() -> None:
 
     A signal to all of a run's processes would end them too, and torch would wait for them for ever.
     """
+    if not hasattr(signal, "pthread_sigmask"):
+        return  # Windows, where a signal is for one process
     from torch._inductor.async_compile import AsyncCompile  # takes a second
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which processes inherit

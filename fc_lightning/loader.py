@@ -40,7 +40,8 @@ class LengthBatchSampler(Sampler[list[int]]):
     as many times the size is dealt out over them (so one may hold a row too many), and together
     the ranks see exactly what one process with the larger batch sees. Without `sort_by_length`
     rows of any lengths meet, as they may where they are packed: batches then have few shapes, and
-    batches that are accumulated hold what one larger batch would. A budget of tokens always sorts.
+    batches that are accumulated hold what one larger batch would, but for an epoch's last ones. A
+    budget of tokens always sorts.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -65,6 +66,14 @@ def endless_steps(
     return _padded_steps(
         module, dataset, batch_size, length, num_repeats if way == "reference" else 1
     )
+
+
+def free_memory() -> None:
+    """Give back what a module that is gone has compiled, and what its CUDA graphs held."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def warm_up(steps: Iterator[Step], num_steps: int, optimizer: torch.optim.Optimizer) -> None:

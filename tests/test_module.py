@@ -3,6 +3,7 @@
 import functools
 import math
 import traceback
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -327,3 +328,25 @@ def test_the_smart_home_is_learned_from_its_file_alone(tmp_path, monkeypatch):
     (after,) = trainer.validate(module, datamodule, verbose=False)
     assert before["val/loss"] > 10  # nats: ln(50,304) is 10.8
     assert after["val/loss"] < 4  # on sentences of templates that training never saw
+
+
+def test_only_gradients_in_memory_of_their_own_are_added_to():
+    """A CUDA graph's lie in memory that the next forward pass takes."""
+    module = FunctionCallModule(**SHAPE)
+    optimizer = torch.optim.SGD(module.parameters())
+    weight = module.gpt.lm_head.weight
+
+    def zero(num_batches):
+        module.trainer = SimpleNamespace(accumulate_grad_batches=num_batches)
+        module.optimizer_zero_grad(0, 0, optimizer)
+
+    weight.grad = torch.ones_like(weight)
+    zero(1)
+    assert weight.grad is None
+    weight.grad = of_graph = torch.ones_like(weight)
+    zero(2)
+    kept = weight.grad
+    assert kept is not of_graph and not kept.any()
+    kept += 1
+    zero(2)
+    assert weight.grad is kept and not kept.any()

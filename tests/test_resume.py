@@ -244,11 +244,12 @@ from torch._inductor.async_compile import AsyncCompile
 from fc_lightning.durability import start_compile_workers
 
 start_compile_workers()
+worker = AsyncCompile.process_pool().submit(os.getpid).result(timeout=90)
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda *_: print(number))
     os.killpg(0, number)
-worker = AsyncCompile.process_pool().submit(os.getpid).result(timeout=90)
-print(worker != os.getpid())
+print(AsyncCompile.process_pool().submit(os.getppid).result(timeout=90) != os.getppid())
+os.kill(worker, 0)  # it lives
 """
 
 
@@ -259,6 +260,7 @@ def test_a_signal_to_all_processes_leaves_those_that_compile():
         code, env=env, text=True, capture_output=True, timeout=120, start_new_session=True
     )
     assert done.stdout.split() == ["15", "10", "2", "True"], done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path, data):

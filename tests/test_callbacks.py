@@ -197,3 +197,13 @@ def test_a_prediction_is_what_the_model_says_of_its_row(tmp_path, data):
     assert [p.row for p in together] == [0, 1, 4]
     assert together[0].command == "play song 1000"
     assert together[0].expected == FunctionCall("play_music", {"track": "song 1000"})
+
+
+def test_the_bar_of_a_run_that_goes_on_in_mid_epoch_knows_its_end(tmp_path):
+    data = write_rows(tmp_path / "data", 16, 2)
+    options = {"max_epochs": 9, "enable_progress_bar": True, "limit_val_batches": 0}
+    fit(tmp_path, data, max_steps=2, callbacks=[callbacks.ProgressBar()], **options)
+    bar = callbacks.ProgressBar()
+    fit(tmp_path, data, max_steps=3, callbacks=[bar], ckpt_path="last", **options)
+    assert bar.train_progress_bar.total == 4
+    assert bar.train_progress_bar.desc == "Epoch 0: "

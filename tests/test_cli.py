@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -117,14 +118,29 @@ def test_two_processes_train_and_predict_as_one(tmp_path, data):
     assert said.count("3 predictions are in") == 1
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_accumulate_as_one_with_a_larger_batch(tmp_path):
+def run_two_on_one_gpu(data, root, **options):
+    """Two ranks of `fit`, as if each were a machine with one GPU; NCCL would want two of them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy"}
+    strategy |= {"init_args": {"process_group_backend": "gloo"}}
+    options |= {"trainer.num_nodes": 2, "trainer.strategy": json.dumps(strategy)}
+    line = [sys.executable, "-m", "fc_lightning", *arguments("fit", data, root, **options)]
+    meet = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [subprocess.Popen(line, env=meet | {"NODE_RANK": str(rank)}) for rank in range(2)]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_ranks_on_a_gpu_train_as_one_with_a_larger_batch(tmp_path):
     data = write_rows(tmp_path / "data", 640, 3)
     options = {"trainer.accelerator": "gpu", "trainer.max_steps": 12, "trainer.max_epochs": 99}
     options |= {"model.n_layer": 6, "model.n_head": 6, "model.n_embd": 384, "model.dropout": 0.0}
-    options |= {"model.compile": "true", "trainer.limit_val_batches": 0}
-    alone = {"trainer.devices": 1, "data.batch_size": 128}
-    run_apart("fit", data, tmp_path / "one", **options, **alone)
-    shared = {"trainer.devices": 2, "data.batch_size": 32, "trainer.accumulate_grad_batches": 2}
-    run_apart("fit", data, tmp_path / "two", **options, **shared)
+    options |= {"model.compile": "true", "trainer.limit_val_batches": 0, "trainer.devices": 1}
+    run_apart("fit", data, tmp_path / "one", **options, **{"data.batch_size": 128})
+    run_two_on_one_gpu(data, tmp_path / "two", **options, **{"data.batch_size": 64})
+    accumulated = {"data.batch_size": 32, "trainer.accumulate_grad_batches": 2}
+    run_two_on_one_gpu(data, tmp_path / "four", **options, **accumulated)
     assert_same_weights(tmp_path / "one", tmp_path / "two")
+    assert_same_weights(tmp_path / "one", tmp_path / "four")

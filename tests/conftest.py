@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CONTRIBUTING.md says which tests take a GPU
 
 import pytest
 import torch

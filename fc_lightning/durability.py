@@ -1,12 +1,13 @@
 """What keeps a run from being lost: whole checkpoints, a newest one to go on from, and signals.
 
 `fit --ckpt_path last` goes on from `last.ckpt` bit for bit as if nothing had happened. What stands
-in a checkpoint is module.py's business, and which rows come next dataset.py's.
+in a checkpoint is module.py's business, and which rows come next loader.py's.
 """
 
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import signal
 import sys
@@ -91,6 +92,8 @@ class SaveLast(Checkpoint):
         self._owes_validation = self._is_in_batch_end = self._is_in_epoch_end = False
         self._unlogged: dict[str, Any] | None = None
         self._saved_at: int | None = None  # batches done
+        self._loops: dict[str, Any] = {}  # as saved then
+        self._is_saving = self._is_saving_again = False
 
     # ---------------------------------------------------------------- when to write
 
@@ -114,11 +117,14 @@ class SaveLast(Checkpoint):
             self._stop_if_asked(trainer, owes_validation=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if (
-            trainer.state.fn == "fit"
-            and not trainer.sanity_checking
-            and not _is_epoch_over(trainer)
-        ):
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if trainer.fit_loop.total_batch_idx + 1 == self._saved_at:
+            # One more than was due, after the last step: the best checkpoint may be another now.
+            self._is_saving_again = True
+            trainer.save_checkpoint(self.path(trainer), weights_only=False)
+            self._is_saving_again = False
+        elif not _is_epoch_over(trainer):
             self._save(trainer)
             self._stop_if_asked(trainer)
 
@@ -144,13 +150,16 @@ class SaveLast(Checkpoint):
         num_batches = trainer.fit_loop.total_batch_idx + 1
         if num_batches == self._saved_at:
             return
-        self._owes_validation = owes_validation
+        self._owes_validation, self._is_saving = owes_validation, True
         trainer.save_checkpoint(self.path(trainer), weights_only=False)
-        self._owes_validation, self._saved_at = False, num_batches
+        self._owes_validation, self._is_saving, self._saved_at = False, False, num_batches
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if self._is_saving_again:
+            checkpoint["loops"] = self._loops  # they have moved on to the run's end
+            return
         fit_loop = checkpoint["loops"]["fit_loop"]
         if self._owes_validation:
             _mark_validation_as_due(fit_loop)
@@ -159,6 +168,8 @@ class SaveLast(Checkpoint):
         if self._is_in_batch_end and not trainer.fit_loop._should_accumulate():
             # Lightning logs a step after these hooks: should the run end here, the next one does.
             checkpoint["unlogged"] = _step_metrics(trainer)
+        if self._is_saving:
+            self._loops = copy.deepcopy(checkpoint["loops"])
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

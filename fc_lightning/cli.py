@@ -191,12 +191,11 @@ class _SayStart(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         num_steps = trainer.estimated_stepping_batches  # all ranks find it out together
         if trainer.is_global_zero:
-            num_parameters = sum(p.numel() for p in pl_module.parameters())
             source = trainer.ckpt_path or pl_module.hparams["pretrained_dir"] or "random weights"
             data, num_devices = trainer.datamodule, trainer.world_size
             device = pl_module.device.type + (f" x {num_devices}" if num_devices > 1 else "")
             print(
-                f"{num_parameters / 1e6:.1f} M parameters, from {source}\n"
+                f"{pl_module.gpt.num_parameters() / 1e6:.1f} M parameters, from {source}\n"
                 f"{len(data.train_set):,} rows for training, {len(data.val_set):,} for validation\n"
                 f"{num_steps:,} steps on {device}, {trainer.precision}"
             )

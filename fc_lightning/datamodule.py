@@ -75,6 +75,10 @@ class FunctionCallDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_batch_limit(batch_size, max_tokens)
+        if pad_to_multiple_of < 1:
+            raise ValueError(
+                f"data.pad_to_multiple_of must be at least 1, not {pad_to_multiple_of}"
+            )
         self.fc_data_dir = Path(fc_data_dir) if fc_data_dir is not None else None
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.block_size, self.num_workers = block_size, num_workers

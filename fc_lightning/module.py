@@ -63,7 +63,7 @@ class FunctionCallModule(L.LightningModule):
         dropout: probability, wherever GPT-2 has it.
         compile: run the training network through torch.compile (a minute, once; needs a C++
             compiler, or Triton on a GPU, where it is launched as CUDA graphs). Evaluation stays
-            as it is.
+            as it is. Where rows are not packed, `data.pad_to_multiple_of` 16 keeps lengths few.
 
     Raises:
         CheckpointError: pretrained_dir can't be read, or is no GPT-2.
@@ -97,11 +97,12 @@ class FunctionCallModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # callbacks.log_hyperparameters logs them
+        _check_training(self.hparams)
         if pretrained_dir is not None:
             self.gpt = load_gpt(pretrained_dir, dropout=dropout, block_size=block_size)
         else:
             shape = GPTConfig(
-                block_size=block_size or 256,
+                block_size=256 if block_size is None else block_size,
                 n_layer=n_layer,
                 n_head=n_head,
                 n_embd=n_embd,
@@ -169,6 +170,8 @@ class FunctionCallModule(L.LightningModule):
         return head_cross_entropy_sum(trained, self.gpt.lm_head.weight, batch.targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._start_window()  # as Lightning drops gradients: a resumed window may be cut short
         loss_sum = self.loss_sum(batch)
         self._window_loss = self._window_loss + loss_sum.detach()
         self._num_window_tokens += len(batch.targets)
@@ -202,11 +205,11 @@ class FunctionCallModule(L.LightningModule):
         Memory that a CUDA graph computed a gradient in lasts until the next forward pass.
         """
         are_kept = self.trainer.accumulate_grad_batches > 1
-        if are_kept and not self._are_gradients_kept:
+        optimizer.zero_grad(set_to_none=not (are_kept and self._are_gradients_kept))
+        if are_kept:
             for parameter in self.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        else:
-            optimizer.zero_grad(set_to_none=not are_kept)
+                if parameter.requires_grad and parameter.grad is None:  # after a validation, too
+                    parameter.grad = torch.zeros_like(parameter)
         self._are_gradients_kept = are_kept
 
     def configure_gradient_clipping(
@@ -302,7 +305,8 @@ class FunctionCallModule(L.LightningModule):
             self.gpt = GPT(shape)
         ranks = checkpoint.get("ranks", [])
         self._resume_from = ranks[self.global_rank] if self.global_rank < len(ranks) else None
-        for state in checkpoint.get("optimizer_states", []):
+        is_trained = self._trainer is not None and self.trainer.state.fn == "fit"
+        for state in checkpoint.get("optimizer_states", []) if is_trained else []:
             if len(state["param_groups"]) != len(self._param_groups()):
                 raise CheckpointError(
                     f"this .ckpt was not trained with model.optimizer {self.hparams.optimizer!r}; "
@@ -311,13 +315,16 @@ class FunctionCallModule(L.LightningModule):
 
     def _run_state(self) -> dict[str, Any]:
         """What this rank alone knows: random states, and an accumulation window half done."""
+        if self._resume_from is not None:
+            return dict(self._resume_from)  # nothing was trained since
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         if self._num_window_tokens:
             state["window_tokens"] = self._num_window_tokens
-            state["window_loss"] = self._window_loss
-            state["gradients"] = [p.grad for p in self.parameters()]
+            # On the host: a GPU may have no room for the gradients of all ranks.
+            state["window_loss"] = self._window_loss.cpu()
+            state["gradients"] = [p.grad.cpu() for p in self.parameters()]
         return state
 
     def _restore_run(self, state: Mapping[str, Any]) -> None:
@@ -414,9 +421,34 @@ def _compiled(run_block: Callable[..., Any], is_graphed: bool) -> Callable[..., 
     Graphed, each block's kernels are launched at once, by a CUDA graph: with few rows, a GPU
     computes them sooner than a host launches them one by one."""
     torch._dynamo.config.optimize_ddp = False  # would cut a block up, and compile each part
-    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):  # beyond, torch raises
+        setattr(torch._dynamo.config, limit, max(4096, getattr(torch._dynamo.config, limit)))
     mode = "reduce-overhead" if is_graphed else None
     return torch.compile(run_block, dynamic=False, fullgraph=True, mode=mode)
+
+
+def _check_training(p: Any) -> None:
+    """Refuse hyperparameters that can't be trained with; the model's shape checks itself.
+
+    Raises:
+        ValueError: one of them.
+    """
+    for name, known in (("lr_schedule", ("cosine", "trapezoid")), ("optimizer", ("adamw", "muon"))):
+        if p[name] not in known:
+            raise ValueError(f"{name} must be {known[0]} or {known[1]}, not {p[name]!r}")
+    for name in ("learning_rate", *(["muon_lr"] if p.optimizer == "muon" else [])):
+        if not 0 < p[name] < math.inf:
+            raise ValueError(f"{name} must be above 0, not {p[name]}")
+    if not 0 <= p.min_lr <= p.learning_rate:
+        raise ValueError(
+            f"min_lr must be from 0 to learning_rate {p.learning_rate}, not {p.min_lr}"
+        )
+    for name, least in (("warmup_iters", 0), ("lr_decay_iters", 1), ("weight_decay", 0)):
+        if p[name] is not None and not p[name] >= least:
+            raise ValueError(f"{name} must be at least {least}, not {p[name]}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= p[name] < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {p[name]}")
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 def gather(item: T) -> list[T]:
-    """The items of all ranks, in order of rank; every rank must take part."""
+    """The items of all ranks, in order of rank, by way of the hosts; every rank must take part."""
     if not (dist.is_available() and dist.is_initialized()):
         return [item]
     items: list[T] = [item] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=_hosts(dist.group.WORLD))
     return items
 
 

@@ -106,6 +106,8 @@ def test_a_typo_in_an_option_is_no_abbreviation(tmp_path):
         ("--model.pretrained_dir=nowhere", "nowhere: no such file or folder"),
         ("--model.learning_rate=fast", "model.learning_rate"),
         ("--data.batch_size=0", "batch_size must be at least 1, not 0"),
+        ("--data.pad_to_multiple_of=0", "pad_to_multiple_of must be at least 1, not 0"),
+        ("--model.learning_rate=0", "learning_rate must be above 0, not 0.0"),
         ("--data.functions=nowhere.yaml", "nowhere.yaml: can't be read"),
     ],
 )

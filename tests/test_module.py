@@ -73,7 +73,7 @@ def test_a_window_has_the_gradient_and_the_loss_of_one_big_batch(
     data = write_rows(tmp_path / "data", 13, 2)
     torch.manual_seed(0)
     # A rate so small that the weights stay what they were.
-    module = Recorder(**SHAPE, dropout=0.0, learning_rate=1e-30, lr_decay_iters=100)
+    module = Recorder(**SHAPE, dropout=0.0, learning_rate=1e-30, min_lr=0.0, lr_decay_iters=100)
     trainer = make_trainer(
         tmp_path,
         devices=ranks,
@@ -313,6 +313,32 @@ def test_another_programs_checkpoint_and_another_optimizers_are_refused(tmp_path
     fit(tmp_path, data, max_epochs=1)
     with pytest.raises(CheckpointError, match=r"not trained with model\.optimizer 'muon'"):
         fit(tmp_path, data, max_epochs=2, ckpt_path="last", model={"optimizer": "muon"})
+    other = make_module(optimizer="muon")
+    file = tmp_path / "checkpoints" / "best.ckpt"
+    make_trainer(tmp_path).validate(  # where no optimizer is needed
+        other, FunctionCallDataModule(str(data)), ckpt_path=file, verbose=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr_schedule": "linear"}, "lr_schedule must be cosine or trapezoid, not 'linear'"),
+        ({"optimizer": "sgd"}, "optimizer must be adamw or muon, not 'sgd'"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, not 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, not nan"),
+        ({"optimizer": "muon", "muon_lr": -1.0}, "muon_lr must be above 0, not -1.0"),
+        ({"min_lr": 1.0}, "min_lr must be from 0 to learning_rate 5e-06, not 1.0"),
+        ({"warmup_iters": -5}, "warmup_iters must be at least 0, not -5"),
+        ({"lr_decay_iters": 0}, "lr_decay_iters must be at least 1, not 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, not -0.1"),
+        ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), not 1.0"),
+        ({"block_size": 0}, "block_size must be at least 1, not 0"),
+    ],
+)
+def test_hyperparameters_that_cannot_be_trained_with_are_refused(settings, words):
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        make_module(**settings)
 
 
 def test_the_smart_home_is_learned_from_its_file_alone(tmp_path, monkeypatch):
@@ -350,3 +376,6 @@ def test_only_gradients_in_memory_of_their_own_are_added_to():
     kept += 1
     zero(2)
     assert weight.grad is kept and not kept.any()
+    module.on_validation_model_zero_grad()  # Lightning's, after a window
+    zero(2)
+    assert weight.grad is not None and not weight.grad.any()

@@ -107,6 +107,45 @@ def test_a_run_that_came_to_its_end_goes_on_to_a_later_one(tmp_path, data):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("max_steps", [3, 5])  # in mid-epoch, at an epoch's end
+def test_last_knows_of_the_best_that_the_last_step_may_be(tmp_path, data, max_steps):
+    options = {"max_epochs": -1, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    model = {"lr_decay_iters": 9}
+    extra = {"callbacks": [ValidateLastStep()], "model": model, "max_steps": max_steps}
+    fit(tmp_path, data, **options, **extra)
+    last, best = (
+        torch.load(tmp_path / "checkpoints" / name, weights_only=True)
+        for name in ("last.ckpt", "best.ckpt")
+    )
+    assert best["global_step"] == max_steps
+    states = [s for s in last["callbacks"].values() if "best_model_score" in s]
+    (logged,) = [
+        line["val/loss"]
+        for line in read_lines(tmp_path / "log.jsonl")
+        if line.get("val/loss") and line["step"] == max_steps
+    ]
+    assert [float(state["best_model_score"]) for state in states] == [logged]
+
+
+def test_a_run_without_a_batch_leaves_what_it_went_on_from(tmp_path, data):
+    options = {"max_epochs": 1, "accumulate_grad_batches": 3, "val_check_interval": 2}
+    fit(tmp_path, data, **options)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    ranks = torch.load(last, weights_only=True)["ranks"]
+    fit(tmp_path, data, ckpt_path="last", **options)
+    assert is_same(torch.load(last, weights_only=True)["ranks"], ranks)
+    stop = {"callbacks": [SignalAt(signal.SIGTERM, train=1)], "save_every": 99}
+    with pytest.raises(SystemExit):  # in mid-window, with a validation to make up for
+        fit(tmp_path / "stopped", data, **stop, **options)
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    ranks = torch.load(last, weights_only=True)["ranks"]
+    assert "gradients" in ranks[0]
+    stop["callbacks"] = [SignalAt(signal.SIGTERM, validation=1)]
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "stopped", data, ckpt_path="last", **stop, **options)
+    assert is_same(torch.load(last, weights_only=True)["ranks"], ranks)
+
+
 class SignalAt(L.Callback):
     """Sends this process a signal in the n-th training or validation batch."""
 
@@ -145,6 +184,22 @@ def test_a_signal_saves_says_where_and_loses_nothing(tmp_path, data, capsys, num
     assert is_same(final_state(resumed), final_state(whole))
     logged = read_lines(tmp_path / "whole" / "log.jsonl")
     assert without_repeats(read_lines(root / "log.jsonl")) == logged
+
+
+def test_a_window_that_is_cut_short_leaves_nothing_to_the_next(tmp_path, data):
+    options = {"max_epochs": 1, "limit_val_batches": 0}
+    stop = {"callbacks": [SignalAt(signal.SIGTERM, train=1)], "accumulate_grad_batches": 3}
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "stopped", data, **stop, **options)
+    file = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    for name in ("gradients", "window_loss", "window_tokens"):
+        del checkpoint["ranks"][0][name]
+    torch.save(checkpoint, tmp_path / "without.ckpt")
+    options["accumulate_grad_batches"] = 2  # so the third batch begins a window, not ends one
+    resumed = fit(tmp_path / "with", data, ckpt_path=str(file), **options)
+    without = fit(tmp_path / "without", data, ckpt_path=str(tmp_path / "without.ckpt"), **options)
+    assert is_same(final_state(resumed), final_state(without))
 
 
 PORTS = itertools.count(20_000 + os.getpid() % 1_000 * 10)  # below those that systems hand out

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fc_lightning.caller import fastest_num_threads, quantize_int8
+from fc_lightning.caller import fastest_num_threads, find_device, quantize_int8
 from fc_lightning.chat import decode_response, encode_command, encode_example, make_example
 from fc_lightning.decoding import generate, prefill
 from fc_lightning.functions import FunctionCall, load_registry
@@ -115,13 +115,18 @@ def benchmark_decode(
     FunctionCaller takes for the shape.
 
     Raises:
-        ValueError: a shape that is not in `SHAPES`.
+        ValueError: a shape that is not in `SHAPES`, an unknown device, or no commands.
     """
     if unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"there is no shape {min(unknown)!r}; choose from {', '.join(SHAPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    num_commands = num_commands or (2048 if device == "cuda" else 32)
+    where = find_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    device = where.type
+    if num_commands is None:
+        num_commands = 2048 if device == "cuda" else 32
+    if num_commands < 1:
+        raise ValueError(f"num_commands must be at least 1, not {num_commands}")
     many = [n % len(_COMMANDS) for n in range(num_commands)]
     timings, most_threads = [], torch.get_num_threads()
     for shape in shapes:

@@ -2,8 +2,9 @@
 
 Both are measured in one run, on the same rows. The clock runs while weights are trained; what
 compiling takes is told apart, and evaluating counts nowhere. The tutorial's recipe would need an
-hour: its steps are taken in this package's way, which has the same gradients, and each counts for
-as long as a step of the tutorial's loop was measured to take.
+hour: its steps are taken in this package's way, which has the same gradients (but for dropout,
+which it draws once a step and not eight times), and each counts for as long as the gradient of a
+step of the tutorial's loop was measured to take.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fc_lightning.benchmark import SHAPES
-from fc_lightning.caller import computes_in_bfloat16
+from fc_lightning.caller import computes_in_bfloat16, find_device
 from fc_lightning.datamodule import GPT2_BLOCK_SIZE, FunctionCallDataModule
 from fc_lightning.module import FunctionCallModule
 from fc_lightning.predictions import predict_rows
@@ -90,17 +91,22 @@ def benchmark_quality(
     Call match is measured on up to 256 rows.
 
     Raises:
-        ValueError: an unknown shape, data that can't be used, or fewer rows than a batch.
+        ValueError: an unknown shape or device, data that can't be used, fewer rows than a batch, a
+            batch without rows or too large for a GPU's memory, or no time at all.
     """
     if pretrained_dir is None and shape not in SHAPES:
         raise ValueError(f"there is no shape {shape!r}; choose from {', '.join(SHAPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, value in (("limit_s", limit_s), ("num_steps", num_steps)):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, not {value}")
+    where = find_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # the one that is waited for
     console = console or Console()
     ours = Recipe("ours", muon_lr, learning_rate, learning_rate / 100, 20, num_steps, dropout=0.0)
     reached = []
     for recipe in (REFERENCE, ours):
-        module = _module(recipe, pretrained_dir, shape, torch.device(device))
+        module = _module(recipe, pretrained_dir, shape, where)
         rows = FunctionCallDataModule(
             str(data),
             functions=functions,
@@ -109,7 +115,10 @@ def benchmark_quality(
         )
         rows.setup("fit")
         run = _Run(module, rows, recipe, batch_size)
-        reached.append(run.until(loss=loss, match=match, limit_s=limit_s, console=console))
+        try:
+            reached.append(run.until(loss=loss, match=match, limit_s=limit_s, console=console))
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"out of memory; lower batch_size {batch_size}") from error
         del module, run
         free_memory()
     console.print(_table(reached, loss=loss, match=match))
@@ -290,8 +299,9 @@ def _table(reached: Sequence[Quality], *, loss: float, match: float) -> Table:
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        caption=f"seconds of training without compiling (warm-up), at most {_GROWTH:.0%} too many; "
-        "the reference's steps, taken our way, count as long as its own",
+        caption="seconds of training without compiling (warm-up), at most "
+        f"{_GROWTH:.0%}, {_SHORTEST_S} s or a step too many; the reference's steps, taken our way, "
+        "count as long as its own",
     )
     for name in ("", "warm-up", "steps", f"val loss {loss}", f"call match {match:.0%}"):
         table.add_column(name, justify="right" if name in ("warm-up", "steps") else "left")

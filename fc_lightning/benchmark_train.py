@@ -19,10 +19,18 @@ from rich.table import Table
 
 from fc_lightning.benchmark import SHAPES
 from fc_lightning.callbacks import needed_flops
-from fc_lightning.caller import computes_in_bfloat16
+from fc_lightning.caller import computes_in_bfloat16, find_device
 from fc_lightning.dataset import FunctionCallDataset, Row
 from fc_lightning.module import FunctionCallModule
-from fc_lightning.steps import NUM_REPEATS, Step, Way, endless_steps, free_memory, warm_up
+from fc_lightning.steps import (
+    NUM_REPEATS,
+    Step,
+    Way,
+    check_batch_size,
+    endless_steps,
+    free_memory,
+    warm_up,
+)
 
 PADDED_LENGTH = 1024
 
@@ -47,50 +55,51 @@ def benchmark_train(
     shape: str = "gpt2",
     device: str = "auto",
     batch_size: int | None = None,
-    compile: bool | None = None,
     dropout: float = 0.2,
     seconds: float = 10.0,
     console: Console | None = None,
 ) -> list[TrainTiming]:
     """Time the three ways on `rows`, and on a GPU ours with larger batches; print a table.
 
-    `batch_size` is 64 on a GPU, else 32. `compile` is on by default on a GPU; the shapes of the
-    first 200 batches, or of an epoch that has more, are compiled before. Each way takes steps for
-    `seconds`, and one to warm up and one that counts however long they take. Without a GPU, the
-    tutorial's way takes steps of a single row, whose eight equal micro-steps are computed once and
-    counted eight times. A way that a GPU's memory is too small for takes half the rows, a quarter
-    and so on; larger batches of ours that don't fit are left out.
+    `batch_size` is 64 on a GPU, else 32. On a GPU the shapes of the first 200 batches, or of an
+    epoch that has more, are compiled before. Each way takes steps for `seconds`, and one to warm
+    up and one that counts however long they take. Without a GPU, the tutorial's way takes steps of
+    a single row, whose eight equal micro-steps are computed once and counted eight times. A way
+    that a GPU's memory is too small for takes half the rows, a quarter and so on; larger batches
+    of ours that don't fit are left out.
 
     Raises:
-        ValueError: an unknown shape, or fewer rows than a batch.
-        torch.OutOfMemoryError: not even a single row fits.
+        ValueError: an unknown shape or device, fewer rows than a batch, a batch without rows, or
+            one for which a GPU's memory is too small even with a single row.
     """
     if shape not in SHAPES:
         raise ValueError(f"there is no shape {shape!r}; choose from {', '.join(SHAPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = device.startswith("cuda")
-    compile = on_gpu if compile is None else compile
-    size = batch_size or (64 if on_gpu else 32)
+    where = find_device(device)
+    if on_gpu := where.type == "cuda":
+        torch.cuda.set_device(where)  # the one that is waited for, and whose memory is measured
+    if batch_size is None:
+        batch_size = 64 if on_gpu else 32
     dataset = FunctionCallDataset(
-        rows, block_size=PADDED_LENGTH, pad_to_multiple_of=16 if compile else 1
+        rows, block_size=PADDED_LENGTH, pad_to_multiple_of=16 if on_gpu else 1
     )
-    halves = [size >> n for n in range(size.bit_length())]
+    check_batch_size(batch_size, len(dataset))
+    halves = [batch_size >> n for n in range(batch_size.bit_length())]
     measured: list[tuple[Way, list[int]]] = [("reference", halves if on_gpu else [1])]
     measured += [("longest", halves), ("ours", halves)]
     if on_gpu:
-        measured += [("ours", [n * size]) for n in (4, 8, 16) if n * size <= len(dataset)]
+        larger = [n * batch_size for n in (4, 8, 16)]
+        measured += [("ours", [size]) for size in larger if size <= len(dataset)]
     timings = []
     for way, sizes in measured:
         for size in sizes:
-            module = _module(shape, dropout=dropout, compile=compile).to(device)
+            module = _module(shape, dropout=dropout, compile=on_gpu).to(where)
             timing = _time_if_it_fits(module, dataset, way, size, seconds=seconds)
             del module
             free_memory()
             if timing is not None:
                 timings.append(timing)
                 break
-    (console or Console()).print(_table(timings, shape, torch.device(device)))
+    (console or Console()).print(_table(timings, shape, where))
     return timings
 
 
@@ -121,9 +130,9 @@ def _time_if_it_fits(
     """None if memory runs out, but for a single row."""
     try:
         return _time(module, dataset, way, batch_size, seconds=seconds)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
         if batch_size == 1:
-            raise
+            raise ValueError("out of memory with a single row; take a smaller shape") from error
         return None
 
 

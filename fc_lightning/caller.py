@@ -141,7 +141,7 @@ class FunctionCaller:
             ValueError: the file, the device or the dtype can't be used; the message says why.
         """
         registry = _find_registry(path, functions)
-        where = _find_device(device)
+        where = find_device(device)
         model = load_gpt(path, dropout=0.0).eval()
         if int8:
             if where.type != "cpu" or dtype not in ("auto", "float32"):
@@ -345,7 +345,12 @@ def _find_registry(checkpoint: str | Path, functions: str | Path | None) -> Regi
     return load_registry(functions)
 
 
-def _find_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device, or it can't be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

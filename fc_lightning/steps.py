@@ -56,16 +56,23 @@ def endless_steps(
     `module` is a FunctionCallModule. Only "reference" repeats a batch.
 
     Raises:
-        ValueError: the dataset has fewer rows than a batch.
+        ValueError: the dataset has fewer rows than a batch, or a batch has none.
     """
-    if len(dataset) < batch_size:
-        raise ValueError(f"{len(dataset)} rows are too few for a batch of {batch_size}")
+    check_batch_size(batch_size, len(dataset))
     if way == "ours":
         return _our_steps(module, dataset, batch_size)
     length = module.block_size if way == "reference" else None
     return _padded_steps(
         module, dataset, batch_size, length, num_repeats if way == "reference" else 1
     )
+
+
+def check_batch_size(batch_size: int, num_rows: int) -> None:
+    """Refuse, with a ValueError, batches without rows, or of more rows than there are."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if num_rows < batch_size:
+        raise ValueError(f"{num_rows} rows are too few for a batch of {batch_size}")
 
 
 def free_memory() -> None:

@@ -51,6 +51,14 @@ def test_every_dictated_call_is_valid_and_as_long_whatever_the_model_prefers():
     assert all(g.is_finished for g in generations)
 
 
-def test_an_unknown_shape_is_refused():
-    with pytest.raises(ValueError, match="no shape 'huge'; choose from tiny"):
-        benchmark_decode(["huge"])
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        ("huge", {}, "no shape 'huge'; choose from tiny"),
+        ("tiny", {"device": "nonsense"}, "device 'nonsense' can't be used"),
+        ("tiny", {"num_commands": 0}, "num_commands must be at least 1, not 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(shape, options, words):
+    with pytest.raises(ValueError, match=words):
+        benchmark_decode([shape], **options)

@@ -20,9 +20,8 @@ def measure(tmp_path, monkeypatch):
     data, console = write_rows(tmp_path / "data", 4, 2), Console(record=True, width=100)
 
     def measure(**options):
-        reached = benchmark_quality(
-            data, shape="tiny", device="cpu", batch_size=2, console=console, **options
-        )
+        always = {"shape": "tiny", "device": "cpu", "batch_size": 2, "console": console}
+        reached = benchmark_quality(data, **always | options)
         return reached, console.export_text()
 
     return measure
@@ -89,6 +88,17 @@ def test_a_batch_too_large_for_memory_is_timed_in_parts(measure, monkeypatch):
     assert reference.trained_s == 2 * 100.0 * reference.num_steps
 
 
-def test_an_unknown_shape_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no shape 'huge'; choose from tiny"):
-        benchmark_quality(tmp_path, shape="huge")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shape": "huge"}, "no shape 'huge'; choose from tiny"),
+        ({"device": "nonsense"}, "device 'nonsense' can't be used"),
+        ({"limit_s": 0.0}, "limit_s must be above 0, not 0.0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"num_steps": 0}, "num_steps must be above 0, not 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, not 0.0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(measure, options, words):
+    with pytest.raises(ValueError, match=words):
+        measure(**{"loss": 20.0, "match": 0.0, "limit_s": 0.1} | options)

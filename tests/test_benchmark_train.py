@@ -62,6 +62,8 @@ def full_gpu(monkeypatch):
     timed = TrainTiming("ours", 1, 2, 10.0, 100.0, 1e4, 1e12, 10**9)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("fc_lightning.benchmark_train.find_device", torch.device)
     monkeypatch.setattr("fc_lightning.benchmark_train.computes_in_bfloat16", lambda device: True)
     monkeypatch.setattr("fc_lightning.benchmark_train.get_available_flops", lambda *_: 1e15)
     monkeypatch.setattr("fc_lightning.benchmark_train._module", lambda *_, **__: torch.nn.Module())
@@ -90,10 +92,20 @@ def test_a_way_that_memory_is_too_small_for_takes_fewer_rows(full_gpu):
 
 
 def test_a_row_that_memory_is_too_small_for_is_an_error(full_gpu):
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ValueError, match="out of memory with a single row; take a smaller shape"):
         full_gpu(reference=0, longest=16, ours=16)
 
 
-def test_an_unknown_shape_is_refused():
-    with pytest.raises(ValueError, match="no shape 'huge'; choose from tiny"):
-        benchmark_train(ROWS, shape="huge")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shape": "huge"}, "no shape 'huge'; choose from tiny"),
+        ({"device": "nonsense"}, "device 'nonsense' can't be used"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, not -1"),
+        ({"batch_size": 9}, "8 rows are too few for a batch of 9"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        benchmark_train(ROWS, **{"shape": "tiny", "device": "cpu"} | options)

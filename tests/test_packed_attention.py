@@ -216,7 +216,7 @@ class Record(L.Callback):
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "half.ckpt")
 
 
-def fit(root, data, *, accumulate=1, compile=True, dropout=0.2, **options):
+def fit(root, data, *, accumulate=1, validate_every=4, compile=True, dropout=0.2, **options):
     """What was logged, and the weights, after two epochs of nine batches, the last one small."""
     L.seed_everything(1, verbose=False)
     record = Record(options.pop("save_at", None))
@@ -235,7 +235,7 @@ def fit(root, data, *, accumulate=1, compile=True, dropout=0.2, **options):
         max_epochs=2,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=1.0,
-        val_check_interval=4,
+        val_check_interval=validate_every,
         default_root_dir=root,
         logger=False,
         enable_checkpointing=False,
@@ -249,15 +249,16 @@ def fit(root, data, *, accumulate=1, compile=True, dropout=0.2, **options):
 
 
 @on_gpu
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_graphed_steps_are_those_of_a_plain_run(tmp_path, monkeypatch, accumulate):
+@pytest.mark.parametrize(("accumulate", "validate_every"), [(1, 4), (3, 4), (3, 3)])
+def test_graphed_steps_are_those_of_a_plain_run(tmp_path, monkeypatch, accumulate, validate_every):
     data = write_rows(tmp_path / "data", 100, 6)
-    plain, _ = fit(tmp_path, data, accumulate=accumulate, compile=False, dropout=0.0)
+    both = {"accumulate": accumulate, "validate_every": validate_every, "dropout": 0.0}
+    plain, _ = fit(tmp_path, data, compile=False, **both)
     replayed, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(
         torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(graph), replay(graph))
     )
-    graphed, _ = fit(tmp_path, data, accumulate=accumulate, dropout=0.0)
+    graphed, _ = fit(tmp_path, data, **both)
     assert len(replayed) >= 20  # two blocks there and back, in five steps at least
     assert len(graphed.shapes) >= 2
     assert graphed.losses == pytest.approx(plain.losses, rel=2e-3)

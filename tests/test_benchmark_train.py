@@ -61,7 +61,7 @@ def full_gpu(monkeypatch):
     """A function that times 16 rows where `limits` of rows fit into memory; returns the lines."""
     timed = TrainTiming("ours", 1, 2, 10.0, 100.0, 1e4, 1e12, 10**9)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("fc_lightning.benchmark_train.free_memory", lambda: None)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     monkeypatch.setattr("fc_lightning.benchmark_train.find_device", torch.device)
     monkeypatch.setattr("fc_lightning.benchmark_train.computes_in_bfloat16", lambda device: True)

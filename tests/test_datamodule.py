@@ -120,6 +120,7 @@ def test_wrong_settings_are_refused(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"batch_size": None, "max_tokens": 0}, "max_tokens must be at least 1, not 0"),
         ({"batch_size": None}, "batch_size and data.max_tokens are both null; set one of them"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be at least 1, not 0"),
         ({"max_tokens": 9}, "batch_size 64 and data.max_tokens 9 both limit a batch; set one of"),
     ):
         with pytest.raises(ValueError, match=f"data.{words}"):

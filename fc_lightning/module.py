@@ -27,7 +27,7 @@ from fc_lightning.checkpoint import CheckpointError, load_gpt
 from fc_lightning.dataset import Batch
 from fc_lightning.gpt import GPT, Block, GPTConfig
 from fc_lightning.loss import head_cross_entropy_sum
-from fc_lightning.optimizers import MuonAdamW, param_groups
+from fc_lightning.optimizers import MuonAdamW, check_training, param_groups
 from fc_lightning.predictions import as_plain, predict_rows
 from fc_lightning.ranks import gather, sum_over_ranks
 from fc_lightning.tokenizer import NUM_TOKENS
@@ -97,7 +97,7 @@ class FunctionCallModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # callbacks.log_hyperparameters logs them
-        _check_training(self.hparams)
+        check_training(self.hparams)
         if pretrained_dir is not None:
             self.gpt = load_gpt(pretrained_dir, dropout=dropout, block_size=block_size)
         else:
@@ -425,30 +425,6 @@ def _compiled(run_block: Callable[..., Any], is_graphed: bool) -> Callable[..., 
         setattr(torch._dynamo.config, limit, max(4096, getattr(torch._dynamo.config, limit)))
     mode = "reduce-overhead" if is_graphed else None
     return torch.compile(run_block, dynamic=False, fullgraph=True, mode=mode)
-
-
-def _check_training(p: Any) -> None:
-    """Refuse hyperparameters that can't be trained with; the model's shape checks itself.
-
-    Raises:
-        ValueError: one of them.
-    """
-    for name, known in (("lr_schedule", ("cosine", "trapezoid")), ("optimizer", ("adamw", "muon"))):
-        if p[name] not in known:
-            raise ValueError(f"{name} must be {known[0]} or {known[1]}, not {p[name]!r}")
-    for name in ("learning_rate", *(["muon_lr"] if p.optimizer == "muon" else [])):
-        if not 0 < p[name] < math.inf:
-            raise ValueError(f"{name} must be above 0, not {p[name]}")
-    if not 0 <= p.min_lr <= p.learning_rate:
-        raise ValueError(
-            f"min_lr must be from 0 to learning_rate {p.learning_rate}, not {p.min_lr}"
-        )
-    for name, least in (("warmup_iters", 0), ("lr_decay_iters", 1), ("weight_decay", 0)):
-        if p[name] is not None and not p[name] >= least:
-            raise ValueError(f"{name} must be at least {least}, not {p[name]}")
-    for name in ("beta1", "beta2"):
-        if not 0 <= p[name] < 1:
-            raise ValueError(f"{name} must be in [0, 1), not {p[name]}")
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:

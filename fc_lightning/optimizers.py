@@ -5,11 +5,36 @@ What the gradient is, and when a step is taken, is module.py's business.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def check_training(p: Any) -> None:
+    """Refuse a FunctionCallModule's rates and schedule if no weights can be stepped by them.
+
+    Raises:
+        ValueError: one of them.
+    """
+    for name, known in (("lr_schedule", ("cosine", "trapezoid")), ("optimizer", ("adamw", "muon"))):
+        if p[name] not in known:
+            raise ValueError(f"{name} must be {known[0]} or {known[1]}, not {p[name]!r}")
+    for name in ("learning_rate", *(["muon_lr"] if p.optimizer == "muon" else [])):
+        if not 0 < p[name] < math.inf:
+            raise ValueError(f"{name} must be above 0, not {p[name]}")
+    if not 0 <= p.min_lr <= p.learning_rate:
+        raise ValueError(
+            f"min_lr must be from 0 to learning_rate {p.learning_rate}, not {p.min_lr}"
+        )
+    for name, least in (("warmup_iters", 0), ("lr_decay_iters", 1), ("weight_decay", 0)):
+        if p[name] is not None and not p[name] >= least:
+            raise ValueError(f"{name} must be at least {least}, not {p[name]}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= p[name] < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {p[name]}")
 
 
 def param_groups(

@@ -100,6 +100,18 @@ class _Dictated:
         return _Dictated(self.place.after(self.ids[num_forced]), self.ids[num_forced + 1 :])
 
 
+def use_device(name: str) -> torch.device:
+    """The device of a name, made the one that is waited for, and whose memory is measured.
+
+    Raises:
+        ValueError: there is no such device, or it can't be used.
+    """
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def benchmark_decode(
     shapes: Sequence[str] = ("20M", "gpt2"),
     *,
@@ -119,10 +131,7 @@ def benchmark_decode(
     """
     if unknown := set(shapes) - set(SHAPES):
         raise ValueError(f"there is no shape {min(unknown)!r}; choose from {', '.join(SHAPES)}")
-    where = find_device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    device = where.type
+    device = use_device(device).type
     if num_commands is None:
         num_commands = 2048 if device == "cuda" else 32
     if num_commands < 1:

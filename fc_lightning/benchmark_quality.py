@@ -24,8 +24,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fc_lightning.benchmark import SHAPES
-from fc_lightning.caller import computes_in_bfloat16, find_device
+from fc_lightning.benchmark import SHAPES, use_device
+from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.datamodule import GPT2_BLOCK_SIZE, FunctionCallDataModule
 from fc_lightning.module import FunctionCallModule
 from fc_lightning.predictions import predict_rows
@@ -99,9 +99,7 @@ def benchmark_quality(
     for name, value in (("limit_s", limit_s), ("num_steps", num_steps)):
         if not value > 0:
             raise ValueError(f"{name} must be above 0, not {value}")
-    where = find_device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)  # the one that is waited for
+    where = use_device(device)
     console = console or Console()
     ours = Recipe("ours", muon_lr, learning_rate, learning_rate / 100, 20, num_steps, dropout=0.0)
     reached = []

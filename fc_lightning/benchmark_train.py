@@ -17,9 +17,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fc_lightning.benchmark import SHAPES
+from fc_lightning.benchmark import SHAPES, use_device
 from fc_lightning.callbacks import needed_flops
-from fc_lightning.caller import computes_in_bfloat16, find_device
+from fc_lightning.caller import computes_in_bfloat16
 from fc_lightning.dataset import FunctionCallDataset, Row
 from fc_lightning.module import FunctionCallModule
 from fc_lightning.steps import (
@@ -74,9 +74,8 @@ def benchmark_train(
     """
     if shape not in SHAPES:
         raise ValueError(f"there is no shape {shape!r}; choose from {', '.join(SHAPES)}")
-    where = find_device(device)
-    if on_gpu := where.type == "cuda":
-        torch.cuda.set_device(where)  # the one that is waited for, and whose memory is measured
+    where = use_device(device)
+    on_gpu = where.type == "cuda"
     if batch_size is None:
         batch_size = 64 if on_gpu else 32
     dataset = FunctionCallDataset(

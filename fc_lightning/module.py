@@ -305,8 +305,9 @@ class FunctionCallModule(L.LightningModule):
             self.gpt = GPT(shape)
         ranks = checkpoint.get("ranks", [])
         self._resume_from = ranks[self.global_rank] if self.global_rank < len(ranks) else None
-        is_trained = self._trainer is not None and self.trainer.state.fn == "fit"
-        for state in checkpoint.get("optimizer_states", []) if is_trained else []:
+        is_to_train = self._trainer is not None and self.trainer.state.fn == "fit"
+        states = checkpoint.get("optimizer_states", []) if is_to_train else []
+        for state in states:
             if len(state["param_groups"]) != len(self._param_groups()):
                 raise CheckpointError(
                     f"this .ckpt was not trained with model.optimizer {self.hparams.optimizer!r}; "

@@ -105,6 +105,7 @@ def test_a_run_that_came_to_its_end_goes_on_to_a_later_one(tmp_path, data):
     assert is_same(final_state(part), final_state(whole))
     rows = [read_lines(tmp_path / run / "rows-0.jsonl") for run in ("whole", "parts")]
     assert rows[0] == rows[1]
+    assert part.current_epoch == whole.current_epoch
 
 
 @pytest.mark.parametrize("max_steps", [3, 5])  # in mid-epoch, at an epoch's end
